@@ -1,0 +1,53 @@
+"""`Score`: what one reward function thinks of one completion, and why.
+
+A reward function may return plain floats (TRL's signature); the built-in ones return `Score`, so that every decision can
+be read later: what was extracted, what it was compared with, and which rule decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Completion = str | Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The verdict of one reward function on one completion.
+
+    value: the reward, or None when the function does not apply to this row or could not decide (masked, never 0).
+    reason: one sentence for a reader. extracted: the answer as taken from the text. gold: the reference as understood.
+    rule: short name of the rule that decided, for counting.
+
+    >>> Score(1.0, "equal numbers", extracted="1,000", gold="1000", rule="number").value
+    1.0
+    """
+
+    value: float | None
+    reason: str = ""
+    extracted: str | None = None
+    gold: str | None = None
+    rule: str = ""
+
+
+def completion_text(completion: Completion) -> str:
+    """The text of a completion: itself when it is a str, else the joined `content` of the messages of TRL's
+    conversational form. A message whose content is a list of parts gives its text parts. Anything else gives "".
+
+    >>> completion_text([{"role": "assistant", "content": "<answer>4</answer>"}])
+    '<answer>4</answer>'
+    """
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, Sequence):
+        return ""
+    pieces: list[str] = []
+    for message in completion:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            pieces.append(content)
+        elif isinstance(content, Sequence):
+            parts = (part.get("text") for part in content if isinstance(part, Mapping))
+            pieces.extend(text for text in parts if isinstance(text, str))
+    return "".join(pieces)
