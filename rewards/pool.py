@@ -1,0 +1,339 @@
+"""Calls verifiers in worker processes with hard limits of time and memory.
+
+In: the name of a function (`package.module:name` or `path/to/file.py:name`) and jobs (tuples of arguments, picklable).
+Out: one `Outcome` per job. A job that exceeds its limit is killed with its process; only that job and its slot pay.
+
+Nothing here uses signals, fork or the caller's event loop, so it works from any thread, inside a running asyncio loop,
+in an accelerate rank, and with CUDA or gloo initialised: see `rewards.worker` for how the processes are made.
+
+    pool = VerifierPool(workers=2, time_limit_s=2.0)
+    pool.map("operator:add", [(1, 2), (3, 4)])      # [Outcome(value=3, status="ok", ...), Outcome(value=7, ...)]
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import math
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rewards.worker import receive_frame, send_frame
+
+Status = Literal["ok", "timeout", "memory", "error"]
+
+_LOAD_LIMIT_S = 120.0
+_PLAIN_CLASSES = {("rewards.base", "Score")}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """value: what the function returned (None unless ok). seconds: wall time of the call. error: what went wrong."""
+
+    value: Any
+    status: Status
+    seconds: float
+    error: str = ""
+
+
+def default_workers() -> int:
+    """The cores that this process may use, shared among the ranks of this host (LOCAL_WORLD_SIZE), at least 1."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+
+
+class VerifierPool:
+    """A fixed number of slots, each a thread here and a worker process there, both started with the first job.
+
+    workers: slots (default: `default_workers()`). time_limit_s: seconds of wall time one job may take, unless the call
+    says otherwise; importing the function's module does not count. memory_bytes: address space of a worker.
+    Safe to share between threads. A pool does not survive a fork of its owner: use `shared_pool()` there.
+    """
+
+    def __init__(self, workers: int | None = None, *, time_limit_s: float = 5.0, memory_bytes: int = 4 << 30) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: {workers} is not allowed; at least 1")
+        self.workers = workers or default_workers()
+        self.time_limit_s = _checked_limit(time_limit_s)
+        self._template = _TemplateHandle(memory_bytes)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._closed = False
+
+    def submit(
+        self, function: str, arguments: tuple[Any, ...], *, time_limit_s: float | None = None
+    ) -> Future[Outcome]:
+        """Queue one call; the future never raises, the outcome tells. Waiting in the queue does not count as time."""
+        limit = self.time_limit_s if time_limit_s is None else _checked_limit(time_limit_s)
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                "this VerifierPool belongs to another process; after a fork, use rewards.pool.shared_pool()"
+            )
+        job = _Job(function, pickle.dumps((function, limit, pickle.dumps(arguments))), limit, Future())
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this VerifierPool has been closed")
+            self._template.want(function)
+            self._jobs.put(job)
+            if len(self._threads) < self.workers:
+                thread = threading.Thread(target=self._serve, name="verifier-slot", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return job.future
+
+    def map(self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None) -> list[Outcome]:
+        """Call `function` with every job; the outcomes are in the order of the jobs."""
+        return [future.result() for future in [self.submit(function, job, time_limit_s=time_limit_s) for job in jobs]]
+
+    def stream(
+        self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Like `map`, but yields (index of the job, outcome) as soon as each is known."""
+        futures = {self.submit(function, job, time_limit_s=time_limit_s): index for index, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def close(self) -> None:
+        """End the workers. Jobs still queued give an error outcome; calling this twice is harmless."""
+        with self._lock:
+            if self._closed or os.getpid() != self._owner:
+                return
+            self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        self._template.close()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        """The loop of a slot's thread: one job at a time, on a worker that is replaced after it had to be killed."""
+        slot = _Slot(self._template)
+        while (job := self._jobs.get()) is not None:
+            if self._closed:
+                job.future.set_result(Outcome(None, "error", 0.0, "the pool was closed before this job ran"))
+            elif job.future.set_running_or_notify_cancel():
+                job.future.set_result(slot.run(job))
+
+
+@dataclass(slots=True)
+class _Job:
+    function: str
+    message: bytes
+    limit_s: float
+    future: Future[Outcome]
+
+
+class _Slot:
+    """One worker process as its thread sees it."""
+
+    def __init__(self, template: _TemplateHandle) -> None:
+        self._template = template
+        self._sock: socket.socket | None = None
+        self._pid = 0
+        self._loaded: set[str] = set()
+
+    def run(self, job: _Job) -> Outcome:
+        started = time.monotonic()
+        try:
+            if self._sock is None:
+                self._sock, self._pid = self._template.spawn()
+                self._loaded = set()
+            return self._call(self._sock, job)
+        except TimeoutError:
+            self._replace()
+            return Outcome(None, "timeout", time.monotonic() - started, f"killed after {job.limit_s:g} s")
+        except (EOFError, OSError) as error:
+            return self._died(error, time.monotonic() - started)
+
+    def _call(self, sock: socket.socket, job: _Job) -> Outcome:
+        deadline = time.monotonic() + (job.limit_s if job.function in self._loaded else _LOAD_LIMIT_S)
+        sock.settimeout(deadline - time.monotonic())
+        send_frame(sock, job.message)
+        if job.function not in self._loaded:
+            status, _, error = _read_reply(sock)
+            if status != "ok":
+                return Outcome(None, "error", 0.0, f"cannot load {job.function}: {error}")
+            self._loaded.add(job.function)
+        started = time.monotonic()
+        sock.settimeout(job.limit_s)
+        status, value, error = _read_reply(sock)
+        if status == "memory":  # what the failed job left allocated would starve the next one
+            self._replace()
+        return Outcome(value, status, time.monotonic() - started, error)
+
+    def _died(self, error: Exception, seconds: float) -> Outcome:
+        """The worker ended by itself, or could not be started."""
+        number = self._replace(died=True)
+        if number == signal.SIGXCPU:
+            return Outcome(None, "timeout", seconds, "used up its processor time")
+        how = f"the worker died of {signal.Signals(number).name}" if number else f"the worker died: {error}"
+        return Outcome(None, "error", seconds, how)
+
+    def _replace(self, *, died: bool = False) -> int | None:
+        """Kill the worker; the next job gets a fresh one. Returns the signal that had ended it before, if one had."""
+        if self._sock is None:
+            return None
+        self._sock.close()
+        self._sock = None
+        return self._template.kill(self._pid, died=died)
+
+
+class _TemplateHandle:
+    """Starts the template process when it is first needed, and again should it die; one request at a time."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._wanted: set[str] = set()
+        self._preloaded: set[str] = set()
+        self._closed = False
+
+    def want(self, function: str) -> None:
+        """Import the module of a built-in verifier in the template, so that workers are born with it. A user's module
+        is imported in the workers only: it may start threads, and a process with threads must not be forked."""
+        module = function.partition(":")[0]
+        if module.startswith("rewards."):
+            self._wanted.add(module)
+
+    def spawn(self) -> tuple[socket.socket, int]:
+        """A fresh worker: the socket to talk to it, and its process id. OSError when it cannot be made."""
+        with self._lock:
+            control = self._started()
+            for module in sorted(self._wanted - self._preloaded):
+                self._request(control, {"op": "preload", "module": module})
+                self._preloaded.add(module)  # if that failed, the worker's own import will say why
+            ours, theirs = socket.socketpair()
+            with theirs:
+                order = {"op": "spawn", "memory_bytes": self._memory_bytes}
+                pid = self._request(control, order, theirs.fileno())["pid"]
+        return ours, pid
+
+    def kill(self, pid: int, *, died: bool) -> int | None:
+        """Make sure that a worker has ended; `died`: it seems to have done so already, and the signal is returned."""
+        with self._lock:
+            if self._control is None or self._process is None or self._process.poll() is not None:
+                return None  # the template has gone and took its workers with it
+            return self._request(self._control, {"op": "kill", "pid": pid, "died": died})["signal"]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def _started(self) -> socket.socket:
+        if self._closed:
+            raise OSError("the pool has been closed")
+        if self._control is not None and self._process is not None and self._process.poll() is None:
+            return self._control
+        self._stop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_LOAD_LIMIT_S)
+        package_root = str(Path(__file__).resolve().parent.parent)
+        # The worker sees the modules that we see; "" (a console's working directory) does not travel by itself.
+        paths = dict.fromkeys([package_root, *(os.path.abspath(entry) for entry in sys.path)])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rewards.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=environment,
+                start_new_session=True,  # Ctrl-C at the terminal reaches the owner, which then ends its workers
+            )
+        self._control = ours
+        self._preloaded = set()
+        return ours
+
+    def _request(self, control: socket.socket, message: dict[str, Any], *fds: int) -> dict[str, Any]:
+        packet = json.dumps(message).encode()
+        try:
+            socket.send_fds(control, [packet], fds)
+            reply = control.recv(1 << 16)
+        except OSError:
+            self._stop()
+            raise
+        if not reply:
+            self._stop()
+            raise OSError("the verifiers' template process has died")
+        return json.loads(reply)
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads replies. A worker handles text that tries to break it, so a reply may hold plain data and `Score` only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a pool function must return plain data or Score, not {module}.{name}")
+
+
+def _read_reply(sock: socket.socket) -> tuple[Status, Any, str]:
+    frame = receive_frame(sock)
+    try:
+        status, value, error = _PlainUnpickler(io.BytesIO(frame)).load()
+    except pickle.UnpicklingError as refused:
+        return "error", None, str(refused)
+    return status, value, error
+
+
+def _checked_limit(seconds: float) -> float:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"time_limit_s: {seconds} is not allowed; a positive number of seconds")
+    return float(seconds)
+
+
+_shared: dict[int, VerifierPool] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_pool() -> VerifierPool:
+    """The pool of this process, made at the first call and closed at exit. A forked child gets its own."""
+    with _shared_lock:
+        pool = _shared.get(os.getpid())
+        if pool is None:
+            _shared.clear()  # a pool copied by fork is the parent's to close
+            pool = _shared[os.getpid()] = VerifierPool()
+            atexit.register(pool.close)
+        return pool

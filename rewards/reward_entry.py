@@ -1,0 +1,233 @@
+"""One entry of a recipe's `reward_funcs`, checked: which function, for which rows, with which parameters and weight.
+
+In: a name, or a mapping with the keys of `RewardEntry` that a recipe may set (`ENTRY_KEYS`). Out: `RewardEntry`, or
+ValueError that names every entry and key that is wrong.
+
+    reward_funcs:
+      - format                                        # a registry name alone
+      - func: accuracy                                # or with settings
+        weight: 2.0
+        when: {column: task, in: [gsm8k, math]}       # rows of other tasks are masked
+      - func: my_rewards.py:brevity
+        params: {limit: 80}                           # keyword arguments of the function
+        columns: {target: answer}                     # its argument `target` is the dataset's column `answer`
+        isolate: true                                 # in a worker process that is killed after time_limit_s
+        time_limit_s: 2.0
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards.registry import BUILTINS, absolute_name, load_function
+
+ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
+ENTRY_KEYS = (
+    "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Holds for the rows whose `column` has one of `values`."""
+
+    column: str
+    values: tuple[Any, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.values
+
+
+@dataclass(frozen=True, slots=True)
+class RewardEntry:
+    """name: unique, used in metrics and by task_column. path: `module:function`, loadable from any process.
+    weight: factor in the sum. params: keyword arguments from the recipe. columns: argument name -> dataset column.
+    when: None means every row. isolate: call row by row in a worker process, at most time_limit_s seconds each.
+    timeout_score: what a row is worth that ran out of time or memory there; None means that this is an error.
+    conversational: pass prompts and completions as TRL's lists of messages instead of text.
+    """
+
+    name: str
+    path: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    when: Condition | None = None
+    isolate: bool = False
+    time_limit_s: float = 5.0
+    timeout_score: float | None = None
+    conversational: bool = False
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    @property
+    def wants_groups(self) -> bool:
+        return "group_ids" in self.named_arguments
+
+    @property
+    def named_arguments(self) -> dict[str, inspect.Parameter]:
+        """The arguments that can be given by keyword."""
+        usable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {key: item for key, item in inspect.signature(self.function).parameters.items() if item.kind in usable}
+
+    @property
+    def takes_any(self) -> bool:
+        parameters = inspect.signature(self.function).parameters.values()
+        return any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters)
+
+    @property
+    def required_columns(self) -> list[str]:
+        """Dataset columns without which the function cannot be called."""
+        given = {*ROW_ARGUMENTS, "group_ids", *self.params}
+        needed = [
+            key
+            for key, item in self.named_arguments.items()
+            if key not in given and item.default is inspect.Parameter.empty
+        ]
+        return [self.columns.get(key, key) for key in needed]
+
+    def metadata(self) -> dict[str, Any]:
+        source = inspect.getsourcefile(inspect.unwrap(self.function))
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
+        return {
+            "name": self.name,
+            "func": self.path,
+            "weight": self.weight,
+            "params": dict(self.params),
+            "source_sha256": digest,
+        }
+
+
+def parse_entries(
+    reward_funcs: Sequence[str | Mapping[str, Any]],
+    reward_weights: Sequence[float] | None = None,
+    *,
+    base_folder: Path | None = None,
+) -> tuple[RewardEntry, ...]:
+    """All entries of a recipe. ValueError lists everything that is wrong with any of them."""
+    if isinstance(reward_funcs, str | Mapping) or not reward_funcs:
+        raise ValueError("reward_funcs: a list with at least one reward function is needed")
+    if reward_weights is not None and len(reward_weights) != len(reward_funcs):
+        raise ValueError(f"reward_weights has {len(reward_weights)} entries, reward_funcs has {len(reward_funcs)}")
+    entries: list[RewardEntry] = []
+    problems: list[str] = []
+    for index, raw in enumerate(reward_funcs):
+        weight = None if reward_weights is None else reward_weights[index]
+        try:
+            entries.append(_parse_entry(raw, weight, base_folder))
+        except ValueError as error:
+            problems.append(f"reward_funcs[{index}]: {error}")
+    names = [entry.name for entry in entries]
+    problems += [f"reward_funcs: the name {name!r} stands twice; give one of them `name: ...`"
+                 for name in dict.fromkeys(names) if names.count(name) > 1]  # fmt: skip
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(entries)
+
+
+def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base_folder: Path | None) -> RewardEntry:
+    settings: dict[str, Any] = {"func": raw} if isinstance(raw, str) else dict(raw)
+    for key in settings:
+        if key not in ENTRY_KEYS:
+            raise ValueError(f"unknown key {key!r}{_nearest(key, ENTRY_KEYS)} Allowed: {', '.join(ENTRY_KEYS)}")
+    name = settings.get("func")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"func: {name!r} is not allowed; a registry name, module:function or file.py:function")
+    if listed_weight is not None and "weight" in settings:
+        raise ValueError(f"{name}: weight stands both here and in reward_weights")
+    function = load_function(name, base_folder=base_folder)
+    entry = RewardEntry(
+        name=str(settings.get("name", name if name in BUILTINS else name.rpartition(":")[2])),
+        path=absolute_name(name, base_folder=base_folder),
+        function=function,
+        weight=_number(settings.get("weight", 1.0 if listed_weight is None else listed_weight), f"{name}: weight"),
+        params=_mapping(settings, "params", name),
+        columns=_mapping(settings, "columns", name),
+        when=_condition(settings.get("when"), name),
+        isolate=bool(settings.get("isolate", False)),
+        time_limit_s=_number(settings.get("time_limit_s", 5.0), f"{name}: time_limit_s", above_zero=True),
+        timeout_score=_number_or_none(settings.get("timeout_score"), f"{name}: timeout_score"),
+        conversational=bool(settings.get("conversational", False)),
+    )
+    _check_arguments(entry, builtin=entry.path in BUILTINS.values())
+    _check_isolation(entry, settings)
+    return entry
+
+
+def _check_arguments(entry: RewardEntry, *, builtin: bool) -> None:
+    named = [key for key in entry.named_arguments if key not in (*ROW_ARGUMENTS, "group_ids")]
+    for kind, keys in (("params", entry.params), ("columns", entry.columns)):
+        for key in keys:
+            # A user's function may read what it likes out of **kwargs; of ours we know that a stranger is a
+            # misspelling.
+            if key not in named and (builtin or not entry.takes_any):
+                allowed = ", ".join(named) or "none"
+                raise ValueError(
+                    f"{entry.name}: {kind}: it has no argument {key!r}{_nearest(key, named)} Allowed: {allowed}"
+                )
+    both = sorted(set(entry.params) & set(entry.columns))
+    if both:
+        raise ValueError(f"{entry.name}: {', '.join(both)} stands both in params and in columns")
+    required_by_position = [
+        key for key, item in inspect.signature(entry.function).parameters.items()
+        if item.kind is inspect.Parameter.POSITIONAL_ONLY and item.default is inspect.Parameter.empty
+    ]  # fmt: skip
+    if required_by_position:
+        raise ValueError(f"{entry.name}: takes {', '.join(required_by_position)} by position only; keywords are needed")
+
+
+def _check_isolation(entry: RewardEntry, settings: Mapping[str, Any]) -> None:
+    if entry.isolate and entry.is_async:
+        raise ValueError(f"{entry.name}: isolate is not possible for an async function")
+    if entry.isolate and entry.wants_groups:
+        raise ValueError(f"{entry.name}: isolate calls row by row, but this function needs whole groups (group_ids)")
+    for key in ("time_limit_s", "timeout_score"):
+        if key in settings and not entry.isolate:
+            raise ValueError(f"{entry.name}: {key} has no effect without `isolate: true`")
+
+
+def _condition(raw: Any, name: str) -> Condition | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping) or "column" not in raw or set(raw) not in ({"column", "equals"}, {"column", "in"}):
+        allowed = "{column: C, equals: V} or {column: C, in: [V, ...]}"
+        raise ValueError(f"{name}: when: {raw!r} is not allowed; {allowed}")
+    if "equals" in raw:
+        return Condition(str(raw["column"]), (raw["equals"],))
+    if not isinstance(raw["in"], list | tuple) or not raw["in"]:
+        raise ValueError(f"{name}: when: in: {raw['in']!r} is not allowed; a list of values")
+    return Condition(str(raw["column"]), tuple(raw["in"]))
+
+
+def _mapping(settings: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    value = settings.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: {key}: {value!r} is not allowed; a mapping of argument names")
+    return dict(value)
+
+
+def _number(value: Any, where: str, *, above_zero: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {value!r} is not allowed; a finite number")
+    if above_zero and value <= 0:
+        raise ValueError(f"{where}: {value!r} is not allowed; more than 0")
+    return float(value)
+
+
+def _number_or_none(value: Any, where: str) -> float | None:
+    return None if value is None else _number(value, where)
+
+
+def _nearest(key: str, allowed: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(key, allowed, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ";"
