@@ -1,0 +1,1 @@
+"""The policy model, in torch only: configuration, RoPE, latent attention, experts, weights. It knows nothing of RL."""
