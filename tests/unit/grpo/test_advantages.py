@@ -52,6 +52,11 @@ def test_groups_without_signal_give_exact_zeros(scale: str, row: list[float]) ->
     assert advantages[1].ne(0).all()
 
 
+def test_equal_float64_rewards_give_exact_zeros() -> None:
+    """0.1 + 0.1 + 0.1 divided by 3 is not 0.1 in float64."""
+    assert group_advantages(torch.full((1, 3), 0.1, dtype=torch.float64), scale="none").tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_group_of_one_gives_zero() -> None:
     for scale in ("group", "batch", "none"):
         assert group_advantages(torch.tensor([[1.0], [0.0]]), scale=scale).tolist() == [[0.0], [0.0]]  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Every policy loss: hand-computed values, a plain Python reference with finite differences, invariances of the sums.
 
-The reference below is written from the papers' formulas, token by token in Python floats; it returns the mean, not a sum.
+The reference below is written from the papers' formulas, token by token in Python floats, and returns the mean.
 """
 
 import math
