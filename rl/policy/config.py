@@ -28,6 +28,17 @@ _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "mlp_bias": (False, None),
 }
+_DENSE: dict[str, int | float | None] = {
+    "n_routed_experts": None,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": None,
+    "n_shared_experts": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +116,11 @@ class PolicyConfig:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         _check_dimensions(self)
-        if self.n_routed_experts is not None:
+        if self.moe_layers:
             _check_experts(self)
+        else:  # one spelling for "all layers dense", whatever the expert keys say
+            for key, neutral in _DENSE.items():
+                object.__setattr__(self, key, neutral)
 
     @property
     def qk_head_dim(self) -> int:

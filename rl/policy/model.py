@@ -135,6 +135,16 @@ def moe_leaf_classes(policy: nn.Module) -> list[type[nn.Module]]:
     return found
 
 
+def empty_policy(config: PolicyConfig, *, dtype: torch.dtype, device: torch.device | str) -> Policy:
+    """A policy whose memory is allocated on `device` and not filled: no time or memory goes to throw-away numbers."""
+    with torch.device("meta"):
+        policy = Policy(config)
+    policy = policy.to(dtype).to_empty(device=device)
+    if config.tie_word_embeddings:  # leaving the meta device made two parameters of one
+        policy.lm_head.weight = policy.model.embed_tokens.weight
+    return policy
+
+
 def init_policy(
     config: PolicyConfig, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Policy:
@@ -143,9 +153,7 @@ def init_policy(
     Each parameter's numbers depend on (seed, its name, the kind of device) alone, drawn in fp32 and rounded to `dtype`;
     torch's global generator is neither read nor moved. The memory needed is that of the policy itself.
     """
-    with torch.device("meta"):
-        policy = Policy(config)
-    policy = policy.to(dtype).to_empty(device=device)
+    policy = empty_policy(config, dtype=dtype, device=device)
     generator = torch.Generator(device=device)
     for name, parameter in policy.named_parameters():
         if parameter.dim() == 1:

@@ -1,0 +1,143 @@
+"""Other causal language models (Qwen, Llama, ...) behind the policy's packed call, through transformers.
+
+In: packed tokens, as `rl.policy.model.Policy` takes them. Out: final hidden states, packed; logits by `lm_head`. Inside the
+sequences are padded on the right, which under causal attention needs no mask. There are no routes and no latents here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from rl.policy.attention import PackedLayout
+from rl.policy.config import PolicyConfig
+from rl.policy.model import Policy, PolicyOutput, init_policy
+from rl.policy.weights import load_policy, save_policy
+
+_OWN_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+# Keys of transformers' configurations that change logits after the output head; lm_head alone would be wrong.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+class HFPolicy(nn.Module):
+    """A transformers causal LM with the policy's call. `inner` is the model itself, `config` its configuration."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.config: PretrainedConfig = inner.config  # type: ignore[assignment]
+        _check_supported(self.config)
+        self.inner = inner
+        self._checkpointing = False
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.inner.get_output_embeddings()  # type: ignore[operator]
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        elif self._checkpointing:
+            self.inner.gradient_checkpointing_disable()  # type: ignore[operator]
+        self._checkpointing = on
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        *,
+        routes: torch.Tensor | None = None,
+        latents: list[torch.Tensor] | None = None,
+    ) -> PolicyOutput:
+        """tokens: (T,), cu_seqlens: (S + 1,) int32 -> hidden (T, D), routes None."""
+        if routes is not None or latents is not None:
+            raise ValueError(f"a {self.config.model_type} policy neither replays routes nor gives latents")
+        layout = PackedLayout.of(cu_seqlens, num_tokens=tokens.shape[0], max_seqlen=max_seqlen)
+        shape = (layout.num_sequences, max_seqlen)
+        grid = tokens
+        if layout.padded_rows is not None:
+            grid = tokens.new_zeros(shape[0] * max_seqlen).index_copy_(0, layout.padded_rows, tokens)
+        positions = torch.arange(max_seqlen, device=tokens.device).expand(shape)
+        body = self.inner.base_model
+        out = body(input_ids=grid.view(shape), position_ids=positions, use_cache=False)  # type: ignore[operator]
+        hidden = out.last_hidden_state.flatten(0, 1)
+        return PolicyOutput(hidden if layout.padded_rows is None else hidden.index_select(0, layout.padded_rows), None)
+
+
+def load_any(
+    folder_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Policy | HFPolicy:
+    """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM."""
+    config = AutoConfig.from_pretrained(os.fspath(folder_or_hub_id))
+    if config.model_type in _OWN_TYPES:
+        return load_policy(folder_or_hub_id, dtype=dtype, device=device)
+    _check_supported(config)
+    inner = AutoModelForCausalLM.from_pretrained(os.fspath(folder_or_hub_id), dtype=dtype or "auto")
+    return HFPolicy(inner.to(device))
+
+
+def init_any(
+    values: Mapping[str, Any],
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Policy | HFPolicy:
+    """Random weights from a `config.json`-like mapping; `model_type` decides (default deepseek_v3)."""
+    model_type = values.get("model_type", "deepseek_v3")
+    if model_type in _OWN_TYPES:
+        return init_policy(PolicyConfig.from_dict(values), seed=seed, dtype=dtype, device=device)
+    others = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(model_type, **others)
+    except ValueError as error:
+        raise ValueError(f"model config: model_type = {model_type!r}: {error}") from error
+    _check_supported(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inner = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return HFPolicy(inner.to(device))
+
+
+def save_any(
+    policy: Policy | HFPolicy,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """The hub layout of either kind. state_dict: as in `save_policy` (for HFPolicy with the `inner.` prefix)."""
+    if isinstance(policy, Policy):
+        save_policy(policy, folder, tokenizer=tokenizer, state_dict=state_dict)
+        return
+    state = None
+    if state_dict is not None:
+        state = {name.removeprefix("inner."): tensor for name, tensor in state_dict.items()}
+    cast(Any, policy.inner).save_pretrained(folder, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _check_supported(config: PretrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_type = {config.model_type!r} is an encoder-decoder; allowed: causal language models")
+    for key, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, key, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits after the output head; "
+                f"allowed: {neutral!r} or absent"
+            )
