@@ -78,6 +78,24 @@ def sum_over_ranks(sums: dict[str, float], device: torch.device | str = "cpu") -
     return dict(zip(names, totals.tolist(), strict=True))
 
 
+def sum_tensor_over_ranks(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The elementwise total over all processes, on the CPU and the same on every rank."""
+    if not _initialised() or dist.get_world_size() == 1:
+        return values.cpu()
+    total = values.to(device)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total.cpu()
+
+
+def max_over_ranks(values: list[int], device: torch.device | str = "cpu") -> list[int]:
+    """The largest of each entry over all processes, the same on every rank."""
+    if not _initialised() or dist.get_world_size() == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]
+
+
 def gather_objects(item: Any) -> list[Any]:
     """`item` of every process in the order of the ranks, on every rank. Items are pickled: only for the run's own data."""
     if not _initialised() or dist.get_world_size() == 1:

@@ -1,7 +1,7 @@
 """Batch arithmetic: from what the recipe says (problems a step, completions a problem) to what each process does.
 
-    prompts_per_step x num_generations = rows; rows / world_size = rows of a process; these / mini_batches = the rows of a
-    process in one optimizer step, packed into micro-batches of at most micro_batch_tokens tokens.
+prompts_per_step x num_generations = rows; rows / world_size = rows of a process; these / mini_batches = the rows of a
+process in one optimizer step, packed into micro-batches of at most micro_batch_tokens tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class BatchPlan:
 
     def __str__(self) -> str:
         lines = [
-            ("problems a step", f"{self.prompts_per_step}", f"{self.prompts_per_rank} on each of {self.world_size} processes"),
+            (
+                "problems a step",
+                f"{self.prompts_per_step}",
+                f"{self.prompts_per_rank} on each of {self.world_size} processes",
+            ),
             ("completions a problem", f"{self.num_generations}", "one group"),
             ("completions a step", f"{self.rows}", f"{self.rows_per_rank} on each process"),
             (
@@ -63,7 +67,11 @@ class BatchPlan:
         ]
         if self.sft_rows_per_rank:
             lines.append(
-                ("cold-start batch", f"{self.sft_rows_per_rank * self.world_size}", f"{self.sft_rows_per_rank} on each process")
+                (
+                    "cold-start batch",
+                    f"{self.sft_rows_per_rank * self.world_size}",
+                    f"{self.sft_rows_per_rank} on each process",
+                )
             )
         return "\n".join(f"  {name:<24}{number:>10}  {note}" for name, number, note in lines)
 

@@ -120,9 +120,7 @@ class _Complaints:
     def _value(self, path: KeyPath) -> tuple[Any, bool]:
         value: Any = self.content
         for part in path:
-            if isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
                 value = value[part]
             else:
                 section = _section_at(path[:-1])  # a default that clashes with something else has a value too

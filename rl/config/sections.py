@@ -81,7 +81,9 @@ class ModelSection(Section):
             both = "both are given" if self.name_or_path is not None else "neither is given"
             yield Contradiction("name_or_path", f"exactly one of name_or_path and from_config is needed; {both}")
         if self.from_config is not None and self.tokenizer is None:
-            yield Contradiction("tokenizer", "is missing; from_config brings none: name a folder, a hub id, or {type: ...}")
+            yield Contradiction(
+                "tokenizer", "is missing; from_config brings none: name a folder, a hub id, or {type: ...}"
+            )
         if self.from_config == {}:
             yield Contradiction("from_config", "is empty; allowed: the keys of a config.json, or its path")
         if self.trust_remote_code and self.name_or_path is None and not isinstance(self.tokenizer, str):
@@ -122,7 +124,9 @@ class DataSource(Section):
             yield Contradiction("params", f"only a Python function takes parameters; {self.source!r} is none")
         for key in ("config", "split"):
             if getattr(self, key) is not None and self.kind != "hub":
-                yield Contradiction(key, f"only a hub data set has it; {self.source!r} is read as {self.kind}; remove it")
+                yield Contradiction(
+                    key, f"only a hub data set has it; {self.source!r} is read as {self.kind}; remove it"
+                )
         for column, pattern in self.extract.items():
             try:
                 groups = re.compile(pattern).groups
@@ -279,12 +283,16 @@ class EvalSection(Section):
     """Sample from the smallest set of tokens with this probability; 1: off."""
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
+    metric: Text | None = None
+    """Reward function whose score of 1 means that an answer is right; left out: accuracy, or what else compares with it."""
     max_completion_length: Positive | None = None
     """Tokens of an answer; left out: rollout.max_completion_length."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if not self.greedy and self.num_samples == 0:
-            yield Contradiction("num_samples", "is 0 and greedy is false, so nothing would be evaluated; set one of them")
+            yield Contradiction(
+                "num_samples", "is 0 and greedy is false, so nothing would be evaluated; set one of them"
+            )
         for key in ("temperature", "top_p", "top_k"):
             if self.num_samples == 0 and self.changed(key):
                 yield Contradiction(key, "has no effect while num_samples is 0")

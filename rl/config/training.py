@@ -52,11 +52,6 @@ class GRPOSection(Section):
                     yield Contradiction(key, "has no effect with loss_type: cispo, which caps at 1 + epsilon_high")
         elif high < self.epsilon:
             yield Contradiction("epsilon_high", f"must be at least epsilon ({self.epsilon})")
-        if self.loss_type not in ("cispo", "gspo") and self.epsilon >= 1:
-            if self.epsilon_high is None:
-                yield Contradiction("epsilon", "must be below 1 (R1's 10 belongs into epsilon_high)")
-        if self.loss_type == "gspo" and self.delta is not None:
-            yield Contradiction("delta", "bounds the ratio of a token; loss_type: gspo has one ratio per sequence")
         elif self.delta is not None and self.delta <= 1 + high:
             yield Contradiction("delta", f"must be above 1 + epsilon_high ({1 + high:g}), or it replaces that clip")
         if self.beta == 0 and self.ref_update_steps is not None:

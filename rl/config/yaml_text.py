@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,20 +18,23 @@ _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    "float": (r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", "-+.0123456789"),
+    "float": (
+        r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+        "-+.0123456789",
+    ),
 }
 
 
 class _Reader(yaml.SafeLoader):
     """SafeLoader with the core schema's scalars."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class _Writer(yaml.SafeDumper):
     """SafeDumper that quotes exactly what `_Reader` would take for something else than text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write equal parts out twice: a recipe with anchors nobody wrote is hard to read."""
@@ -40,7 +43,7 @@ class _Writer(yaml.SafeDumper):
 
 for _kind, (_pattern, _first) in _SCALARS.items():
     for _class in (_Reader, _Writer):
-        _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
         )
 
@@ -69,7 +72,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from error
     finally:
-        reader.dispose()  # type: ignore[no-untyped-call]
+        reader.dispose()
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; a recipe is a mapping of sections (key: value)")
     return content, lines
@@ -81,7 +84,7 @@ def read_value(text: str) -> Any:
     ValueError if it is no YAML.
     """
     try:
-        return yaml.load(text, Loader=_Reader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, Loader=_Reader)  # a SafeLoader
     except yaml.YAMLError as error:
         reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
         raise ValueError(f"is not valid YAML ({reason}); quote it") from error
