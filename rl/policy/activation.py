@@ -1,6 +1,7 @@
 """The gated activation of the experts, with the expert's weight folded in: silu(gate) * up * weight.
 
-One autograd node that keeps only its inputs and recomputes silu in the backward pass: half the memory of the composed form.
+One autograd node that keeps only its inputs and recomputes silu in the backward pass: half the memory of the composed
+form.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class _GatedSilu(torch.autograd.Function):
         return F.silu(gate).mul_(up).mul_(weights.unsqueeze(-1)).to(gate_up.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate_up, weights = ctx.saved_tensors
         gate, up = gate_up.float().chunk(2, dim=-1)
         sigmoid = gate.sigmoid()

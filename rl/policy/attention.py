@@ -1,15 +1,16 @@
 """Causal attention over packed sequences: the only operation of the policy that knows where sequences begin.
 
 In: q, k (T, H, Q) and v (T, H, V) of all sequences, concatenated without padding. Out: (T, H, V).
-On CUDA the variable-length flash kernel reads the packed layout as it is (v is zero-padded to the width of q and k, which
-the kernel wants equal); elsewhere, or where a probe finds the kernel missing, sequences are padded on the right, attended
-with SDPA and unpadded. Right padding needs no mask: under a causal mask no real token sees a later one.
+On CUDA the variable-length flash kernel reads the packed layout as it is (v is zero-padded to the width of q and k,
+which the kernel wants equal); elsewhere, or where a probe finds the kernel missing, sequences are padded on the
+right, attended with SDPA and unpadded. Right padding needs no mask: under a causal mask no real token sees a later one.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,12 +88,12 @@ class _Pad(torch.autograd.Function):
     """Rows to their place in a zero-filled grid; the gradient is the reverse gather (no scatter-add)."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(rows)
         return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         return grad.index_select(0, rows), None, None
 
@@ -101,13 +102,13 @@ class _Unpad(torch.autograd.Function):
     """The transpose of `_Pad`."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows)
         ctx.num_rows = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None
 

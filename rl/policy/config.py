@@ -1,8 +1,8 @@
 """The shape of a DeepSeek-V2/V3 policy, in Hugging Face's field names.
 
-In: a `config.json` dictionary (DeepSeek-V2, V2-Lite, V3, R1, Moonlight, Kimi-K2, or one written by transformers 5) or the
-`model.from_config` section of a recipe. Out: a frozen, checked `PolicyConfig`. Both spellings of RoPE scaling are read:
-`rope_theta` + `rope_scaling` (the hub's files) and `rope_parameters` (transformers 5).
+In: a `config.json` dictionary (DeepSeek-V2, V2-Lite, V3, R1, Moonlight, Kimi-K2, or one written by transformers 5) or
+the `model.from_config` section of a recipe. Out: a frozen, checked `PolicyConfig`. Both spellings of RoPE scaling are
+read: `rope_theta` + `rope_scaling` (the hub's files) and `rope_parameters` (transformers 5).
 
 A combination that the hub layout cannot express (softmax scores in a V3 file, say) is refused instead of saved wrongly.
 """
@@ -17,9 +17,30 @@ from typing import Any
 
 # Keys of hub files that say nothing about the computation, or are checked and then dropped.
 _KNOWN_BUT_UNUSED = frozenset(
-    "architectures auto_map aux_loss_alpha attention_dropout dtype ep_size head_dim hidden_act mlp_bias num_key_value_heads "
-    "num_mtp_layers num_nextn_predict_layers output_router_logits pretraining_tp qk_head_dim quantization_config "
-    "rope_parameters seq_aux torch_dtype transformers_version unsloth_fixed use_cache _name_or_path".split()
+    [
+        "architectures",
+        "auto_map",
+        "aux_loss_alpha",
+        "attention_dropout",
+        "dtype",
+        "ep_size",
+        "head_dim",
+        "hidden_act",
+        "mlp_bias",
+        "num_key_value_heads",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
+        "output_router_logits",
+        "pretraining_tp",
+        "qk_head_dim",
+        "quantization_config",
+        "rope_parameters",
+        "seq_aux",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+    ]
 )
 _MODEL_TYPES = {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
 _ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
@@ -170,7 +191,8 @@ class PolicyConfig:
         """The `config.json` dictionary; transformers, vLLM and `from_dict` open it.
 
         transformers has no dense-only mode and no layer frequency: a policy without experts is written as
-        `first_k_dense_replace = num_hidden_layers`; `moe_layer_freq > 1` is written, but only DeepSeek's own code reads it.
+        `first_k_dense_replace = num_hidden_layers`; `moe_layer_freq > 1` is written, but only DeepSeek's own code reads
+        it.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         rope: dict[str, Any] = {"rope_type": "default"}
@@ -206,10 +228,19 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str])
 
 
 def _check_dimensions(config: PolicyConfig) -> None:
-    positive = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_rope_head_dim qk_nope_head_dim "
-        "v_head_dim intermediate_size moe_layer_freq max_position_embeddings"
-    ).split()
+    positive = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "intermediate_size",
+        "moe_layer_freq",
+        "max_position_embeddings",
+    ]
     for key in positive:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -250,7 +281,7 @@ def _check_experts(config: PolicyConfig) -> None:
     if not 1 <= kept <= groups:
         raise ValueError(_wrong("topk_group", kept, f"1 to n_group = {groups}"))
     if config.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
-        raise ValueError(_wrong("n_group", groups, "at least two experts in each group (a group scores by its top two)"))
+        raise ValueError(_wrong("n_group", groups, "two or more experts in each group (it scores by its top two)"))
     limited = config.topk_method in ("noaux_tc", "group_limited_greedy")
     reachable = experts // groups * kept if limited else experts
     if chosen is None or not 1 <= chosen <= reachable:

@@ -1,7 +1,8 @@
 """Other causal language models (Qwen, Llama, ...) behind the policy's packed call, through transformers.
 
-In: packed tokens, as `rl.policy.model.Policy` takes them. Out: final hidden states, packed; logits by `lm_head`. Inside the
-sequences are padded on the right, which under causal attention needs no mask. There are no routes and no latents here.
+In: packed tokens, as `rl.policy.model.Policy` takes them. Out: final hidden states, packed; logits by `lm_head`.
+Inside the sequences are padded on the right, which under causal attention needs no mask. There are no routes and no
+latents here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class HFPolicy(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.config: PretrainedConfig = inner.config  # type: ignore[assignment]
+        self.config: PretrainedConfig = inner.config
         _check_supported(self.config)
         self.inner = inner
         self._checkpointing = False
@@ -138,6 +139,6 @@ def _check_supported(config: PretrainedConfig) -> None:
         value = getattr(config, key, None)
         if value is not None and value != neutral:
             raise ValueError(
-                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits after the output head; "
+                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits after lm_head; "
                 f"allowed: {neutral!r} or absent"
             )

@@ -4,7 +4,8 @@ Keys and values of all heads come from one latent c (C numbers per token) and on
 (R numbers): those C + R numbers are the cache row of a token.
 
 - Expanded (`MLA.expanded`): per-head keys and values by `kv_b_proj`, then ordinary attention. Training and prefill.
-- Absorbed (`absorbed_attention`): `kv_b_proj` is split into W_UK and W_UV; the query is mapped into the latent space and
+- Absorbed (`absorbed_attention`): `kv_b_proj` is split into W_UK and W_UV; the query is mapped into the latent space
+and
   the output back, so that decode reads each cache row once for all heads:
       score = ((q_nope W_UK) . c + q_rope . k_rope) * scale,   o = W_UV (sum_t p_t c_t)
 
@@ -116,8 +117,8 @@ def absorbed_attention(
 ) -> torch.Tensor:
     """One decode step, the plain reference that faster kernels are compared with.
 
-    q: (N, H, nope + R) from `MLA.queries`. cache: (N, T, C + R), row n valid up to lengths[n] (>= 1, the current token's
-    own row included). -> (N, H * v), the input of `o_proj`. Softmax in fp32.
+    q: (N, H, nope + R) from `MLA.queries`. cache: (N, T, C + R), row n valid up to lengths[n] (>= 1, the current
+    token's own row included). -> (N, H * v), the input of `o_proj`. Softmax in fp32.
     """
     rank = weights.w_uk.shape[2]
     absorbed = absorb_queries(q, weights)

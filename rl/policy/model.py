@@ -1,8 +1,8 @@
 """The policy: a DeepSeek-V2/V3 decoder over packed tokens (arXiv:2405.04434, 2412.19437).
 
-In: `tokens (T,)` of S sequences concatenated without padding and `cu_seqlens (S + 1,)`. Out: hidden states after the final
-norm, (T, D), and the experts that every token used. Logits are `policy.lm_head(hidden)`, asked for in chunks by the loss,
-so that (T, V) never exists. Module and parameter names are those of transformers' DeepseekV3ForCausalLM.
+In: `tokens (T,)` of S sequences concatenated without padding and `cu_seqlens (S + 1,)`. Out: hidden states after the
+final norm, (T, D), and the experts that every token used. Logits are `policy.lm_head(hidden)`, asked for in chunks by
+the loss, so that (T, V) never exists. Module and parameter names are those of transformers' DeepseekV3ForCausalLM.
 
 Departs from the papers: no multi-token prediction head, no auxiliary balance loss (RL does not use them).
 
@@ -92,11 +92,12 @@ class Policy(nn.Module):
         routes: torch.Tensor | None = None,
         latents: list[torch.Tensor] | None = None,
     ) -> PolicyOutput:
-        """tokens: (T,) integers; cu_seqlens: (S + 1,) int32, from 0 to T, on the device of the tokens; max_seqlen: at least
-        the longest sequence. Positions restart at 0 in each sequence.
+        """tokens: (T,) integers; cu_seqlens: (S + 1,) int32, from 0 to T, on the device of the tokens; max_seqlen: at
+        least the longest sequence. Positions restart at 0 in each sequence.
 
-        routes: (T, Lm, K) integers: use these experts (their weights come from the live router). latents: a list to which
-        each layer appends its cache rows (T, C + R), normalised latent | rotated key (prefill; not with checkpointing).
+        routes: (T, Lm, K) integers: use these experts (their weights come from the live router). latents: a list to
+        which each layer appends its cache rows (T, C + R), normalised latent | rotated key (prefill; not with
+        checkpointing).
         """
         self._check_routes(tokens, routes)
         layout = PackedLayout.of(cu_seqlens, num_tokens=tokens.shape[0], max_seqlen=max_seqlen)
@@ -121,7 +122,7 @@ class Policy(nn.Module):
             return
         expected = (tokens.shape[0], len(self.config.moe_layers), self.config.num_experts_per_tok)
         if tuple(routes.shape) != expected:
-            raise ValueError(f"routes have shape {tuple(routes.shape)}; this policy needs (T, MoE layers, K) = {expected}")
+            raise ValueError(f"routes have shape {tuple(routes.shape)}; allowed: (T, MoE layers, K) = {expected}")
 
 
 def moe_leaf_classes(policy: nn.Module) -> list[type[nn.Module]]:

@@ -80,7 +80,7 @@ class _Float32Linear(torch.autograd.Function):
         return F.linear(x.float(), weight.float())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = (grad.t() @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -120,7 +120,8 @@ class Experts(nn.Module):
         rows = _GatherRows.apply(x, plan.token_of_row, plan.row_of_slot)
         gate_up = _GroupedLinear.apply(rows, self.gate_up_proj, plan.offsets)
         inner = gated_silu(gate_up, weights.reshape(-1).index_select(0, plan.slot_of_row))
-        return _SumRows.apply(_GroupedLinear.apply(inner, self.down_proj, plan.offsets), plan.token_of_row, plan.row_of_slot)
+        outer = _GroupedLinear.apply(inner, self.down_proj, plan.offsets)
+        return _SumRows.apply(outer, plan.token_of_row, plan.row_of_slot)
 
 
 def experts_reference(
@@ -179,7 +180,7 @@ class _GatherRows(torch.autograd.Function):
         return _gather_rows(x, token_of_row)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (row_of_slot,) = ctx.saved_tensors
         return _sum_rows(grad, row_of_slot), None, None
 
@@ -193,14 +194,14 @@ class _SumRows(torch.autograd.Function):
         return _sum_rows(rows, row_of_slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (token_of_row,) = ctx.saved_tensors
         return _gather_rows(grad, token_of_row), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """rows (M, K) sorted by expert, weight (E, N, K) -> (M, N). Saves the parameter itself, not a transposed view: a view
-    would keep gathered experts alive under ZeRO-3."""
+    """rows (M, K) sorted by expert, weight (E, N, K) -> (M, N). Saves the parameter itself, not a transposed view: a
+    view would keep gathered experts alive under ZeRO-3."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,7 @@ class _GroupedLinear(torch.autograd.Function):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         rows, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = F.grouped_mm(grad, weight, offs=offsets) if ctx.needs_input_grad[0] else None

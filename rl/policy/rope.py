@@ -1,8 +1,9 @@
 """Rotary position embedding of MLA's decoupled dimensions (arXiv:2104.09864, arXiv:2405.04434), with YaRN (2309.00071).
 
 In: positions. Out: tables of cos and sin, fp32, one angle per pair; `rotate` applies them. Checkpoints store a rotated
-head either interleaved (pairs x0 x1, x2 x3, ..., DeepSeek's own layout) or in halves (x0 pairs with x[R/2]). The result is
-always in halves: queries and keys agree and only their dot products are used, and it is what the latent cache stores.
+head either interleaved (pairs x0 x1, x2 x3, ..., DeepSeek's own layout) or in halves (x0 pairs with x[R/2]). The
+result is always in halves: queries and keys agree and only their dot products are used, and it is what the latent
+cache stores.
 
 Departs from transformers in keeping the tables in fp32 when the model is bf16: at position 4096 a bf16 cosine is one
 step of 0.4 % off, and sampling and training share the tables anyway.

@@ -1,8 +1,9 @@
 """Weights to and from the hub layout: `config.json`, `generation_config.json`, safetensors, tokenizer.
 
-In the files every expert has its own keys (`mlp.experts.3.up_proj.weight`), in the module experts are fused; files written
-with fused keys are read too. Loading is strict: a missing or unexpected key is an error that names it. Skipped knowingly:
-the multi-token prediction layers of V3 (reported in the log). FP8 checkpoints (DeepSeek-V3's block scales) are dequantised.
+In the files every expert has its own keys (`mlp.experts.3.up_proj.weight`), in the module experts are fused; files
+written with fused keys are read too. Loading is strict: a missing or unexpected key is an error that names it.
+Skipped knowingly: the multi-token prediction layers of V3 (reported in the log). FP8 checkpoints (DeepSeek-V3's block
+scales) are dequantised.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def load_policy(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Policy:
-    """A policy from a folder, or from the hub (downloaded). dtype None keeps that of the files' `config.json` (fp32 if it
-    names none). The selection bias stays fp32. Errors: ValueError with the folder and the keys at fault."""
+    """A policy from a folder, or from the hub (downloaded). dtype None keeps that of the files' `config.json` (fp32
+    if it names none). The selection bias stays fp32. Errors: ValueError with the folder and the keys at fault."""
     folder = checkpoint_folder(folder_or_hub_id)
     hub_config = read_config(folder)
     try:
@@ -54,7 +55,7 @@ def load_policy(
 
 def load_into(policy: Policy, files: CheckpointFiles) -> None:
     """Copy every tensor of `files` into the policy, checking that both have the same keys."""
-    targets = _targets(policy, fused=any(key.endswith(".experts.gate_up_proj") for key in files.keys()))
+    targets = _targets(policy, fused=any(key.endswith(".experts.gate_up_proj") for key in files.keys())  # noqa: SIM118)
     _check_keys(files, set(targets), num_layers=policy.config.num_hidden_layers)
     with torch.no_grad():
         for file, keys in files.by_file():
@@ -125,8 +126,8 @@ def save_policy(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the hub layout into `folder`. tokenizer: anything with `save_pretrained`. state_dict: the full weights by the
-    names of `policy.state_dict()`, for a policy whose own parameters are partitioned (ZeRO-3)."""
+    """Write the hub layout into `folder`. tokenizer: anything with `save_pretrained`. state_dict: the full weights by
+    the names of `policy.state_dict()`, for a policy whose own parameters are partitioned (ZeRO-3)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = policy.state_dict() if state_dict is None else state_dict
@@ -194,10 +195,9 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     quantisation = config.get("quantization_config")
     if quantisation is None:
         return 128, 128
-    if quantisation.get("quant_method") != "fp8":
-        raise ValueError(
-            f"config.json: quantization_config.quant_method = {quantisation.get('quant_method')!r}; allowed: 'fp8' or none"
-        )
+    method = quantisation.get("quant_method")
+    if method != "fp8":
+        raise ValueError(f"config.json: quantization_config.quant_method = {method!r}; allowed: 'fp8' or none")
     rows, columns = quantisation.get("weight_block_size", (128, 128))
     return rows, columns
 
@@ -253,7 +253,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, max_bytes: int
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [_SINGLE]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         # clone: safetensors wants tensors that own their memory, and views of fused experts do not
         save_file({k: t.detach().cpu().clone() for k, t in shard.items()}, folder / name, metadata={"format": "pt"})
