@@ -1,8 +1,9 @@
 """Who am I among the processes, how do numbers meet, and where does randomness come from.
 
-A leaf: torch and the standard library only. The launcher (`accelerate launch`, `torchrun`) announces ranks in environment
-variables; without a launcher there is one process of rank 0. Every random draw of the project is seeded by `derive_seed`
-of what is being drawn, never by carried generator state, so a resumed run draws what the uninterrupted one would have.
+A leaf: torch and the standard library only. The launcher (`accelerate launch`, `torchrun`) announces ranks in
+environment variables; without a launcher there is one process of rank 0. Every random draw of the project is seeded by
+`derive_seed` of what is being drawn, never by carried generator state, so a resumed run draws what the uninterrupted
+one would have.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch.distributed as dist
 def derive_seed(seed: int, *names: str | int) -> int:
     """The seed of one named purpose: a number in [0, 2**63) that depends on `seed` and on every name, in order.
 
-    Stable between processes, machines and Python versions (BLAKE2b, not `hash`). Strings and integers are told apart, and
-    borders between names count: `derive_seed(0, "ab", "c") != derive_seed(0, "a", "bc")`, `(0, 1) != (0, "1")`.
+    Stable between processes, machines and Python versions (BLAKE2b, not `hash`). Strings and integers are told apart,
+    and borders between names count: `derive_seed(0, "ab", "c") != derive_seed(0, "a", "bc")`, `(0, 1) != (0, "1")`.
 
         derive_seed(seed, "rollout", step, problem.id, k)
     """
@@ -67,8 +68,8 @@ def barrier() -> None:
 def sum_over_ranks(sums: dict[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
     """The total of each entry over all processes, in float64, the same on every rank.
 
-    Every rank passes the same keys (in any order). `device`: where the process group works (cpu for gloo, cuda for nccl).
-    Without a process group the input comes back as it is.
+    Every rank passes the same keys (in any order). `device`: where the process group works (cpu for gloo, cuda for
+    nccl). Without a process group the input comes back as it is.
     """
     if not _initialised() or dist.get_world_size() == 1:
         return dict(sums)
@@ -97,7 +98,8 @@ def max_over_ranks(values: list[int], device: torch.device | str = "cpu") -> lis
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """`item` of every process in the order of the ranks, on every rank. Items are pickled: only for the run's own data."""
+    """`item` of every process in the order of the ranks, on every rank. Items are pickled: only for the run's own
+    data."""
     if not _initialised() or dist.get_world_size() == 1:
         return [item]
     items: list[Any] = [None] * dist.get_world_size()

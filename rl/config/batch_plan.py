@@ -16,9 +16,9 @@ from rl.config.training import GRPOSection, OptimizerSection, SFTSection
 class BatchPlan:
     """Numbers of one step. `*_per_rank` are those of one process.
 
-    longest_row_tokens: prompt and completion at their limits. min_rows_per_micro_batch: rows of that length that fit into
-    one micro-batch. max_accumulation: micro-batches per optimizer step on a process if every row had that length (packing
-    shorter rows needs fewer). sft_rows_per_rank: 0 without a cold start.
+    longest_row_tokens: prompt and completion at their limits. min_rows_per_micro_batch: rows of that length that fit
+    into one micro-batch. max_accumulation: micro-batches per optimizer step on a process if every row had that length
+    (packing shorter rows needs fewer). sft_rows_per_rank: 0 without a cold start.
     """
 
     world_size: int
@@ -85,7 +85,8 @@ def plan_batch(
     *,
     world_size: int,
 ) -> BatchPlan:
-    """Derive the numbers for `world_size` processes; ValueError names every key that does not divide, and its neighbours."""
+    """Derive the numbers for `world_size` processes; ValueError names every key that does not divide, and its
+    neighbours."""
     if world_size < 1:
         raise ValueError(f"world_size = {world_size}: at least one process is needed")
     problems = []

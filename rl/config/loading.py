@@ -1,8 +1,8 @@
 """From a YAML file and the command line to a `Recipe`, or one ValueError that lists everything wrong.
 
 Each complaint names where the value stands (file and line, or the command line), the key's path, the value, and what is
-allowed; for an unknown key the nearest valid one. Overrides are applied before anything is checked, so that a recipe may
-leave a required key to the command line.
+allowed; for an unknown key the nearest valid one. Overrides are applied before anything is checked, so that a recipe
+may leave a required key to the command line.
 """
 
 from __future__ import annotations
@@ -118,16 +118,17 @@ class _Complaints:
         return f"{self._place(path)}: {setting}: {reason}"
 
     def _value(self, path: KeyPath) -> tuple[Any, bool]:
+        """The value at a path and whether there is one; a default that clashes with something else is one too."""
         value: Any = self.content
-        for part in path:
-            if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+        try:
+            for part in path:
                 value = value[part]
-            else:
-                section = _section_at(path[:-1])  # a default that clashes with something else has a value too
-                field = section.model_fields.get(str(path[-1])) if section else None
-                if field is None or field.is_required():
-                    return None, False
-                return field.get_default(call_default_factory=True), True
+        except (KeyError, IndexError, TypeError):
+            section = _section_at(path[:-1])
+            field = section.model_fields.get(str(path[-1])) if section else None
+            if field is None or field.is_required():
+                return None, False
+            return field.get_default(call_default_factory=True), True
         return value, True
 
     def _place(self, path: KeyPath) -> str:

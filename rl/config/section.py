@@ -1,7 +1,8 @@
 """What all sections of a recipe have in common: frozen, strict about types, and contradictions told all together.
 
-A section is a pydantic model; the line under each field is its documentation (shown by errors and the JSON schema). What
-one field cannot know alone is checked in `contradictions`, which yields (key, reason) pairs and never stops at the first.
+A section is a pydantic model; the line under each field is its documentation (shown by errors and the JSON schema).
+What one field cannot know alone is checked in `contradictions`, which yields (key, reason) pairs and never stops at the
+first.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Section(BaseModel):
 
 def _whole(value: Any) -> Any:
     """16 and 16.0 and 1e3 are whole numbers; true and "16" are not."""
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         raise ValueError("must be a whole number")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -100,14 +100,14 @@ class DataSource(Section):
     """Name of the configuration of a hub data set ("main" for openai/gsm8k)."""
     split: Text | None = None
     """Split of a hub data set; left out: "train"."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
     """Arguments of the Python function. If it takes `seed` and none is given here, it gets the recipe's."""
     limit: Positive | None = None
     """Use only the first rows."""
-    columns: dict[Text, Text] = {}
-    """New name: column of the data set. `prompt` is needed (and `completion` for sft); `answer` is the reference answer;
-    `id` names the row. All other columns reach the reward functions under their own names."""
-    extract: dict[Text, Text] = {}
+    columns: dict[Text, Text] = Field(default={})
+    """New name: column of the data set. `prompt` is needed (and `completion` for sft); `answer` is the reference
+    answer; `id` names the row. All other columns reach the reward functions under their own names."""
+    extract: dict[Text, Text] = Field(default={})
     """Column (new name): regular expression; the column becomes what the first group finds in it (GSM8K's answer:
     '#### (.+)')."""
 
@@ -147,7 +147,7 @@ class TemplateSection(Section):
     """Wording around the question, which stands at {prompt}. r1_zero: instead of ours; chat: the user's message."""
     system: Text | None = None
     """System message (chat)."""
-    chat_template_kwargs: dict[str, Scalar] = {}
+    chat_template_kwargs: dict[str, Scalar] = Field(default={})
     """Further arguments of the chat template, for example enable_thinking: true (chat)."""
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -284,15 +284,14 @@ class EvalSection(Section):
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
     metric: Text | None = None
-    """Reward function whose score of 1 means that an answer is right; left out: accuracy, or what else compares with it."""
+    """Reward function whose score of 1 means that an answer is right; left out: accuracy, or what else compares with
+    it."""
     max_completion_length: Positive | None = None
     """Tokens of an answer; left out: rollout.max_completion_length."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if not self.greedy and self.num_samples == 0:
-            yield Contradiction(
-                "num_samples", "is 0 and greedy is false, so nothing would be evaluated; set one of them"
-            )
+            yield Contradiction("num_samples", "is 0 and greedy is false: nothing would be evaluated; set one of them")
         for key in ("temperature", "top_p", "top_k"):
             if self.num_samples == 0 and self.changed(key):
                 yield Contradiction(key, "has no effect while num_samples is 0")

@@ -40,9 +40,11 @@ class GRPOSection(Section):
     mask_truncated_completions: Flag = False
     """Leave completions that were cut off out of the loss."""
     routing_replay: Literal[True, False, "auto"] = "auto"
-    """Use the experts recorded while sampling in the update; auto: whenever the policy has experts and they are recorded."""
+    """Use the experts recorded while sampling in the update; auto: whenever the policy has experts and they are
+    recorded."""
     importance_sampling_cap: Annotated[Number, Field(ge=1)] | None = 2.0
-    """Cap of the weight exp(old_logprobs - sampling_logprobs) that corrects sampler against trainer; null: no weight."""
+    """Cap of the weight exp(old_logprobs - sampling_logprobs) that corrects sampler against trainer; null: no
+    weight."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -84,7 +86,8 @@ class OptimizerSection(Section):
 
 
 class SFTSection(OptimizerSection):
-    """The cold start: supervised training on (prompt, completion) rows before GRPO. Optimizer keys as in `optimizer`."""
+    """The cold start: supervised training on (prompt, completion) rows before GRPO. Optimizer keys as in
+    `optimizer`."""
 
     data: DataSource
     """Rows with the columns prompt and completion; worded with data.template."""

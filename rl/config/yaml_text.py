@@ -1,14 +1,15 @@
 """YAML in and out by the rules of YAML 1.2's core schema, with the line of every key.
 
-PyYAML follows YAML 1.1, where `1e-6` is a string, `no` is false and `1:30` is 90; here `1e-6` is a number, only true and
-false are booleans, and the rest is text. A key that occurs twice is refused: one of the two would be ignored silently.
+PyYAML follows YAML 1.1, where `1e-6` is a string, `no` is false and `1:30` is 90; here `1e-6` is a number, only true
+and false are booleans, and the rest is text. A key that occurs twice is refused: one of the two would be ignored
+silently.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -28,13 +29,13 @@ _SCALARS = {
 class _Reader(yaml.SafeLoader):
     """SafeLoader with the core schema's scalars."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
 
 class _Writer(yaml.SafeDumper):
     """SafeDumper that quotes exactly what `_Reader` would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write equal parts out twice: a recipe with anchors nobody wrote is hard to read."""

@@ -9,10 +9,11 @@ The thinking says the start and then each step by its label; the answer is the l
     <think>a5;b5-2=3;c3*6=8;d8+0=8;e8+9=7;f7-3=4;g4*7=8</think><answer>8</answer>
 
 With six operations that completion is 49 characters and tags (each tag being one token) and the end token: 50 tokens.
-The labels tell the policy which operation is next, so that each step needs only the step before and one look at the problem.
+The labels tell the policy which operation is next, so that each step needs only the step before and one look at the
+problem.
 
-Cold-start traces teach both habits: some reason to the end, the others stop after hardly any step and guess a digit (right
-one time in ten). Reinforcement then has to find out that reasoning to the end wins.
+Cold-start traces teach both habits: some reason to the end, the others stop after hardly any step and guess a digit
+(right one time in ten). Reinforcement then has to find out that reasoning to the end wins.
 
 Held-out problems are told from the others by a hash of their text, so no seed, size or purpose can mix them.
 """
@@ -40,8 +41,8 @@ def problems(
 ) -> Iterator[dict[str, str]]:
     """`size` different problems of a split: prompt ("a5b-2...="), answer (one digit as text).
 
-    operations: how many, 1 to 9. factors: digits to multiply by; without 0, 5 and even ones no
-    multiplication forgets what came before. Raises ValueError if the arguments do not fit, or no more problems are left.
+    operations: how many, 1 to 9. factors: digits to multiply by; without 0, 5 and even ones no multiplication forgets
+    what came before. Raises ValueError if the arguments do not fit, or no more problems are left.
     """
     _check(split, size, operations, factors)
     rng = random.Random(derive_seed(seed, "chain_arithmetic", split))
@@ -66,10 +67,11 @@ def traces(
     max_guess_steps: int = 1,
     factors: str = "0123456789",
 ) -> Iterator[dict[str, str]]:
-    """`size` cold-start traces over train problems: prompt, completion, answer (the right one, also where the trace guesses).
+    """`size` cold-start traces over train problems: prompt, completion, answer (the right one, also where the trace
+    guesses).
 
-    guess_fraction: share of traces that write 0 to max_guess_steps steps (equally often each) and then guess; the others
-    reason to the end. max_guess_steps = operations - 1 spreads the point of giving up over the whole chain.
+    guess_fraction: share of traces that write 0 to max_guess_steps steps (equally often each) and then guess; the
+    others reason to the end. max_guess_steps = operations - 1 spreads the point of giving up over the whole chain.
     """
     if not 0 <= guess_fraction <= 1:
         raise ValueError(f"guess_fraction = {guess_fraction}: allowed from 0 to 1")

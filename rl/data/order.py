@@ -11,9 +11,9 @@ from rl.distributed import derive_seed
 class ProblemOrder:
     """Epoch after epoch of all problems, each epoch in its own seeded order, cut into steps.
 
-    Every problem comes once an epoch. A step that reaches over the end of an epoch takes no problem a second time as long
-    as there are at least `prompts_per_step` problems: those just seen move back behind the border. The same on every rank;
-    a rank takes its part with `shard`.
+    Every problem comes once an epoch. A step that reaches over the end of an epoch takes no problem a second time as
+    long as there are at least `prompts_per_step` problems: those just seen move back behind the border. The same on
+    every rank; a rank takes its part with `shard`.
 
         ProblemOrder(5, seed=0, prompts_per_step=2): steps [a b] [c d] [e x] [.. ..], x of epoch 1 and not e
     """
@@ -54,8 +54,8 @@ class ProblemOrder:
         return self._epoch(epoch)[place] if self.shuffle else place
 
     def _compute_epoch(self, epoch: int) -> tuple[int, ...]:
-        """The order of one epoch. Its head depends on the tail of the epoch before only if a step spans both; such a chain
-        starts anew at every epoch that begins with a step."""
+        """The order of one epoch. Its head depends on the tail of the epoch before only if a step spans both; such a
+        chain starts anew at every epoch that begins with a step."""
         start = epoch
         while start > 0 and self._seen_in_border_step(start):
             start -= 1

@@ -39,7 +39,8 @@ class ProblemSet(Sequence[Problem]):
 def load_problems(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "eval"], *, seed: int = 0
 ) -> ProblemSet:
-    """Read `data.train` or `data.eval`. Raises ValueError for the first row that is not right, with its place and column.
+    """Read `data.train` or `data.eval`. Raises ValueError for the first row that is not right, with its place and
+    column.
 
     Every problem has the same columns (None where its row had none), so that reward functions get whole lists; `prompt`
     among them is the question before the template. Its id is the column `id`, or "<split>/<row counted from 0>".
@@ -92,7 +93,8 @@ def load_train_and_eval(
 def refuse_overlap(
     trained_prompts: Sequence[str], held_out: ProblemSet, *, on_overlap: Literal["refuse", "warn"], key: str
 ) -> int:
-    """How many held-out problems have a prompt that is also trained on, compared without case, white space and Unicode form.
+    """How many held-out problems have a prompt that is also trained on, compared without case, white space and Unicode
+    form.
 
     Raises ValueError if there are any and on_overlap is "refuse"; else warns. key: where the trained prompts come from.
     """

@@ -1,4 +1,5 @@
-"""Rows for the cold start: (prompt, completion) pairs as tokens, with the loss on the completion and its end token only."""
+"""Rows for the cold start: (prompt, completion) pairs as tokens, with the loss on the completion and its end token
+only."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SFTRow:
-    """prompt: the worded prompt. token_ids: prompt, completion and end token. loss_mask: as long, 1 where token_ids[t] is
-    to be learnt (its logprob given the tokens before it), 0 on the prompt."""
+    """prompt: the worded prompt. token_ids: prompt, completion and end token. loss_mask: as long, 1 where token_ids[t]
+    is to be learnt (its logprob given the tokens before it), 0 on the prompt."""
 
     prompt: str
     token_ids: tuple[int, ...]

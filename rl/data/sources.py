@@ -1,7 +1,7 @@
 """From a recipe's `DataSource` to plain rows, each with the place where a person finds it.
 
-JSON, JSONL and CSV are read here and not through `datasets`, which guesses one type per column (measured with 5.2: one row
-with a number turns the "99" of all others into 99, a field missing in a row becomes None, an empty file is a bare
+JSON, JSONL and CSV are read here and not through `datasets`, which guesses one type per column (measured with 5.2: one
+row with a number turns the "99" of all others into 99, a field missing in a row becomes None, an empty file is a bare
 StopIteration). Hub data sets and Parquet have types of their own and go through `datasets`.
 
 Every complaint is a ValueError that names the file or source, the row (JSONL and CSV: the line, from 1) and the column.
@@ -162,7 +162,7 @@ def _read_csv(source: DataSource, key: str) -> Iterator[LocatedRow]:
 
 
 def _read_parquet(source: DataSource, key: str) -> Iterator[LocatedRow]:
-    import pyarrow  # comes with datasets; both take a second to import, so only who reads such data pays
+    import pyarrow  # type: ignore[import-untyped]  # comes with datasets; both take a second to import, so only who reads such data pays
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -184,8 +184,8 @@ def _read_hub(source: DataSource, key: str) -> Iterator[LocatedRow]:
         rows = load_dataset(source.source, source.config, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
-            f"{key}.source = {source.source!r}: is no reachable data set of the hub ({error}); allowed also: a path that "
-            f"ends in .jsonl, .json, .csv or .parquet, or package.module:function"
+            f"{key}.source = {source.source!r}: is no reachable data set of the hub ({error}); allowed also: a path "
+            f"that ends in .jsonl, .json, .csv or .parquet, or package.module:function"
         ) from error
     except ValueError as error:
         raise ValueError(f"{key}: {source.source!r}, config {source.config!r}, split {split!r}: {error}") from error
@@ -217,7 +217,7 @@ def _find_function(name: str, key: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{key}.source = {name!r}: {module_name} has no function {function_name!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _import(module_name: str, name: str, key: str) -> ModuleType:

@@ -1,8 +1,8 @@
 """From a question to the prompt that the policy continues: text, tokens, and what ends a completion.
 
 Three kinds. r1_zero: a plain-text dialogue for base models that asks for <think> and <answer>, after the template of
-DeepSeek-R1-Zero (arXiv 2501.12948, table 1), in our own words. chat: the tokenizer's chat template, with a system message
-if the recipe names one. raw: the question itself.
+DeepSeek-R1-Zero (arXiv 2501.12948, table 1), in our own words. chat: the tokenizer's chat template, with a system
+message if the recipe names one. raw: the question itself.
 """
 
 from __future__ import annotations

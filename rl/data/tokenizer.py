@@ -1,8 +1,8 @@
 """Tokenizers: the one of a checkpoint, or one made from an alphabet (or from all bytes) that a recipe names.
 
-A made tokenizer is an ordinary `PreTrainedTokenizerFast`: it is saved beside the weights and opens with `AutoTokenizer`.
-Its tokens are <pad> 0, <eos> 1, <unk> 2, the special strings, then the characters in the order of the alphabet (or the
-256 bytes). Decoding gives back exactly what was encoded, white space included.
+A made tokenizer is an ordinary `PreTrainedTokenizerFast`: it is saved beside the weights and opens with
+`AutoTokenizer`. Its tokens are <pad> 0, <eos> 1, <unk> 2, the special strings, then the characters in the order of the
+alphabet (or the 256 bytes). Decoding gives back exactly what was encoded, white space included.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 def build_tokenizer(section: GeneratedTokenizer) -> PreTrainedTokenizerFast:
     """Make the tokenizer that the section describes."""
     reserved = [PAD, EOS, UNK, *section.special_tokens]
-    if section.type == "characters":
-        backend = _characters(reserved, section.alphabet or "")
-    else:
-        backend = _bytes(reserved)
+    alphabet = section.alphabet
+    backend = _bytes(reserved) if alphabet is None else _characters(reserved, alphabet)
     # Added tokens are cut out before the model sees the text, so "<think>" is one token and never seven. Only the first
     # three are special: completions are decoded with skip_special_tokens, and the tags must survive that.
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNK)])
