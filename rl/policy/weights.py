@@ -55,7 +55,8 @@ def load_policy(
 
 def load_into(policy: Policy, files: CheckpointFiles) -> None:
     """Copy every tensor of `files` into the policy, checking that both have the same keys."""
-    targets = _targets(policy, fused=any(key.endswith(".experts.gate_up_proj") for key in files.keys())  # noqa: SIM118)
+    names = files.keys()
+    targets = _targets(policy, fused=any(name.endswith(".experts.gate_up_proj") for name in names))
     _check_keys(files, set(targets), num_layers=policy.config.num_hidden_layers)
     with torch.no_grad():
         for file, keys in files.by_file():
