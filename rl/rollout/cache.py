@@ -1,0 +1,108 @@
+"""The latent cache of one rollout: C + R numbers per token and layer, prompts stored once per group.
+
+    own     (L, slots, T_own, C+R)          what a row has sampled so far; row r of the batch lives in slot r
+    prompt  (L, prompt_slots, T_prompt, C+R)  one slot per group in flight, shared by its rows
+
+A cache row is the normalised latent followed by the rotated key, its RoPE pairs adjacent (the policy's forward returns them
+in halves; `store_prompts` reorders). Memory is taken when a rollout starts and released after it. `plan_cache` fits slots
+into a budget of bytes: a small one makes prompts wait; one in which not even a single row fits is a user error.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Prompts are padded to a multiple of this, so that a row's own tokens meet the same vector lanes of the softmax whatever
+# the longest prompt beside it (bit-equal sums), and kernels get aligned rows.
+LENGTH_MULTIPLE = 32
+_FREE_SHARE = 0.6  # of the free memory, when the recipe names no budget: prefill and logits need the rest
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """slots: rows at once. prompt_slots: groups at once. Lengths in tokens."""
+
+    slots: int
+    prompt_slots: int
+    own_tokens: int
+    prompt_tokens: int
+
+
+def plan_cache(
+    *,
+    requests: int,
+    group: int,
+    rows: int,
+    own_tokens: int,
+    prompt_tokens: int,
+    token_bytes: int,
+    row_bytes: int,
+    prompt_bytes: int,
+    budget: int,
+    min_slots: int = 1,
+) -> CacheShape:
+    """The largest cache for at most `rows` rows of `requests` groups of up to `group` rows within `budget` bytes.
+
+    token_bytes: cache bytes per token over all layers. row_bytes, prompt_bytes: what else a row (outputs, routes) or a
+    prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups that
+    linger on a last row. ValueError names rollout.cache_bytes when not even `min_slots` rows fit.
+    """
+    prompt_tokens = -(-prompt_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    per_slot = own_tokens * token_bytes + row_bytes
+    per_prompt = prompt_tokens * token_bytes + prompt_bytes
+
+    def prompts_for(slots: int) -> int:
+        return min(requests, -(-slots // group) * 3 // 2 + 1)
+
+    def fits(slots: int) -> bool:
+        return slots * per_slot + prompts_for(slots) * per_prompt <= budget
+
+    if rows <= min_slots or not fits(min_slots):
+        least = min_slots * per_slot + per_prompt
+        if least > budget:
+            raise ValueError(
+                f"rollout.cache_bytes = {budget}: one row of {prompt_tokens} prompt and {own_tokens} new tokens needs {least}"
+            )
+        affordable = (budget - min_slots * per_slot) // per_prompt
+        return CacheShape(min_slots, min(requests, affordable, prompts_for(min_slots)), own_tokens, prompt_tokens)
+    low, high = min_slots, rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return CacheShape(low, prompts_for(low), own_tokens, prompt_tokens)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a cache may take when the recipe names no budget."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((free + held) * _FREE_SHARE)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _FREE_SHARE)
+
+
+class LatentCache:
+    """The two tensors and the three things done to them besides attention: store prompts, store a step, move rows."""
+
+    def __init__(self, shape: CacheShape, *, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        # Zeros, not empty: masked positions are multiplied by a probability of 0, and 0 * NaN would be NaN.
+        self.own = torch.zeros(layers, shape.slots, shape.own_tokens, width, dtype=dtype, device=device)
+        self.prompt = torch.zeros(layers, shape.prompt_slots, shape.prompt_tokens, width, dtype=dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.own, self.prompt))
+
+    def store_prompts(self, latents: list[torch.Tensor], places: torch.Tensor, column_order: torch.Tensor) -> None:
+        """latents: per layer (T, C+R) as the policy's forward returns them; places (T,): slot * prompt_tokens + position;
+        column_order (C+R,): where each stored column stands in the policy's row."""
+        for layer, latent in zip(self.prompt, latents, strict=True):
+            layer.view(-1, layer.shape[-1]).index_copy_(0, places, latent.index_select(1, column_order).to(layer.dtype))
+
+    def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Copy the first `length` tokens of rows `source` to rows `target` (disjoint)."""
+        self.own[:, target, :length] = self.own[:, source, :length]

@@ -1,0 +1,294 @@
+"""The in-process engine: samples groups of completions from the trainer's own policy module.
+
+In: requests (a prompt and one seed per completion) and `SamplingParams`. Out: `RolloutGroup`s with tokens, the
+log-probability of each under the distribution it was drawn from, and the experts it went through. Each group's prompt is
+prefilled once; decode uses absorbed MLA over a cache of latents; rows that end leave the batch, waiting ones take their place.
+
+A completion depends on the weights, its prompt and its seed: noise is a function of (seed, step, token id), and no row reads
+another. What remains is rounding: where a matmul's bits depend on the other rows, log-probabilities move by about 1e-6 and
+a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too on a CPU (bit-equal results
+for any batch; prompts are then prefilled one at a time).
+
+    engine = Engine(policy, cache_bytes=2**30)
+    groups = engine.generate([RolloutRequest(problem, seeds=(1, 2))], SamplingParams(64, stop_token_ids=(2,)))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rl.rollout.cache import CacheShape, LatentCache, free_memory, plan_cache
+from rl.rollout.decode import TORCH_BACKEND, StepBackend, decode_step
+from rl.rollout.ops import MIN_MATMUL_ROWS
+from rl.rollout.prefill import Prefill
+from rl.rollout.sampling import Sampler
+from rl.rollout.scheduler import Row, Scheduler, Turnover
+from rl.rollout.state import FinishedRow, PlanBuilder, RowState
+from rl.rollout.stop_strings import StopStrings
+from rl.rollout.weights import build_decode_weights
+from rl.types import Completion, RolloutGroup, RolloutRequest, SamplingParams
+
+OnGroup = Callable[[int, RolloutGroup], None]
+
+
+class Engine:
+    """Implements `rl.types.RolloutEngine` for `rl.policy.model.Policy`.
+
+    max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the row
+    outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings. prefill_tokens:
+    most prompt tokens in one forward. steps_per_look: decode steps between two looks of the host at which rows have ended.
+    batch_invariant: see the top of this file. `stats` describes the last `generate`.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        max_batch_size: int | None = None,
+        cache_bytes: int | None = None,
+        decode_text: Callable[[list[int]], str] | None = None,
+        prefill_tokens: int = 8192,
+        steps_per_look: int = 1,
+        batch_invariant: bool = False,
+        backend: StepBackend = TORCH_BACKEND,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} = {value}: must be at least 1, or null for as much as fits")
+        for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_look", steps_per_look)):
+            if value < 1:
+                raise ValueError(f"rollout.{name} = {value}: must be at least 1")
+        self.policy = policy
+        self.max_batch_size, self.cache_bytes = max_batch_size, cache_bytes
+        self.decode_text = decode_text
+        self.prefill_tokens, self.steps_per_look = prefill_tokens, steps_per_look
+        self.batch_invariant, self.backend = batch_invariant, backend
+        self.stats: dict[str, float | int] = {}
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, on_group: OnGroup | None = None
+    ) -> list[RolloutGroup]:
+        """One group per request, in their order; `on_group(index, group)` as soon as a group is complete.
+
+        Leaves the policy's mode, its gradients and torch's generators untouched. ValueError: a request without seeds or
+        prompt tokens, parameters out of range, stop strings without `decode_text`, a cache budget below one row.
+        """
+        _check(requests, params)
+        if not requests:
+            return []
+        return _Rollout(self, requests, params, on_group).run()
+
+
+class _Rollout:
+    """One call of `generate`: owns the cache and everything else that lives as long as the call."""
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[RolloutRequest], params: SamplingParams, on_group: OnGroup | None
+    ) -> None:
+        self.started = time.perf_counter()
+        self.engine, self.params, self.on_group = engine, params, on_group
+        policy = engine.policy
+        self.device = policy.lm_head.weight.device
+        self.sampler = Sampler.from_params(params)
+        self.stop_strings: StopStrings | None = None
+        if params.stop_strings:
+            if engine.decode_text is None:
+                raise ValueError("SamplingParams.stop_strings is set, but the engine was given no decode_text")
+            self.stop_strings = StopStrings(params.stop_strings, engine.decode_text)
+        longest_prompt = max(len(request.problem.prompt_ids) for request in requests)
+        limit = max(params.max_completion_length, 1)
+        self.weights = build_decode_weights(policy, positions=longest_prompt + limit)
+        routes_shape, routes_dtype = _routes_layout(policy.config)
+        shape = self._cache_shape(requests, longest_prompt, limit, routes_shape, routes_dtype)
+        dtype = self.weights.embed.dtype
+        self.cache = LatentCache(
+            shape, layers=len(self.weights.layers), width=self.weights.width, dtype=dtype, device=self.device
+        )
+        self.state = RowState(
+            shape.slots,
+            limit=limit,
+            stop_token_ids=params.stop_token_ids,
+            routes_shape=routes_shape,
+            routes_dtype=routes_dtype,
+            device=self.device,
+        )
+        self.prefill = Prefill(
+            policy,
+            self.cache,
+            chunk_tokens=engine.prefill_tokens,
+            routes_dtype=routes_dtype,
+            one_by_one=engine.batch_invariant,
+        )
+        self.plans = PlanBuilder(self.state, self.cache)
+        self.scheduler = Scheduler(
+            requests, slots=shape.slots, prompt_slots=shape.prompt_slots, admit_at_least=max(1, shape.slots // 8)
+        )
+        self.prompt_routes: dict[int, torch.Tensor] = {}
+        self.groups: list[RolloutGroup | None] = [None] * len(requests)
+        self.tokens = self.steps = self.row_steps = self.max_rows = 0
+        self.longest, self.shortest = 0, 1  # own tokens in the cache of the longest row; sampled tokens of the shortest
+        self.prefill_s = self.decode_s = self.first_token_s = 0.0
+
+    def _cache_shape(
+        self,
+        requests: Sequence[RolloutRequest],
+        longest_prompt: int,
+        limit: int,
+        routes_shape: tuple[int, int] | None,
+        routes_dtype: torch.dtype,
+    ) -> CacheShape:
+        engine, weights = self.engine, self.weights
+        rows = sum(len(request.seeds) for request in requests)
+        # Fewer rows than a matmul needs for composition-independent bits are padded with idle ones.
+        min_slots = MIN_MATMUL_ROWS if engine.batch_invariant else 1
+        if engine.max_batch_size is not None:
+            rows = min(rows, engine.max_batch_size)
+        element = weights.embed.element_size()
+        return plan_cache(
+            requests=len(requests),
+            group=max(len(request.seeds) for request in requests),
+            rows=rows,
+            own_tokens=limit,
+            prompt_tokens=longest_prompt,
+            token_bytes=len(weights.layers) * weights.width * element,
+            row_bytes=RowState.row_bytes(limit, routes_shape, routes_dtype),
+            prompt_bytes=weights.head.shape[0] * element,
+            budget=engine.cache_bytes if engine.cache_bytes is not None else free_memory(self.device),
+            min_slots=min_slots,
+        )
+
+    def run(self) -> list[RolloutGroup]:
+        ended: list[int] = []
+        while True:
+            turnover = self.scheduler.turn_over(ended)
+            self._apply(turnover)
+            if not self.scheduler.rows:
+                break
+            if not (turnover.new_rows and bool(self.state.done[: len(self.scheduler.rows)].all())):
+                began = time.perf_counter()
+                self._decode()
+                self.decode_s += time.perf_counter() - began
+            ended = self._look()
+        self._write_stats()
+        assert all(group is not None for group in self.groups)
+        return [group for group in self.groups if group is not None]
+
+    def _apply(self, turnover: Turnover) -> None:
+        """Move rows into holes, prefill new prompts, start new rows with their first token."""
+        began = time.perf_counter()
+        if turnover.moves:
+            source, target = torch.tensor(turnover.moves, device=self.device).t()
+            longest = int(self.state.own_len.max()) + 1
+            self.cache.move(source, target, longest)
+            self.state.move(source, target, longest)
+        if turnover.new_prompts:
+            self.prompt_routes |= self.prefill.run(turnover.new_prompts)
+        if turnover.new_rows:
+            slots = self.state.start(turnover.new_rows)
+            logits = self.prefill.logits.index_select(0, self.state.prompt_slot[slots])
+            first = torch.zeros_like(slots)
+            tokens, logprobs = self.engine.backend.sample(self.sampler, logits, self.state.seed[slots], first)
+            self.state.record(slots, tokens, logprobs)
+            self.shortest = 1
+            if not self.first_token_s:
+                self.first_token_s = time.perf_counter() - self.started
+        rows = self.scheduler.rows
+        self.state.done[len(rows) :] = True  # vacated slots must stand still if they pad a step
+        if rows and turnover.changed:
+            padded = rows + rows[:1] * (min(MIN_MATMUL_ROWS, self.state.slots) - len(rows))
+            slots_of = [row.group.prompt_slot for row in padded]
+            self.plans.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in padded])
+            self.max_rows = max(self.max_rows, len(rows))
+        if turnover.new_prompts:
+            self.prefill_s += time.perf_counter() - began
+
+    def _decode(self) -> None:
+        """steps_per_look steps, without looking at what they drew."""
+        steps = min(self.engine.steps_per_look, self.state.limit - self.shortest)
+        for _ in range(steps):
+            self.longest += 1
+            decode_step(
+                self.weights, self.cache, self.state, self.plans.plan(self.longest), self.sampler, self.engine.backend
+            )
+        self.steps += steps
+        self.row_steps += steps * len(self.scheduler.rows)
+
+    def _look(self) -> list[int]:
+        """Read which rows have ended, hand their completions out -> their slots."""
+        rows = self.scheduler.rows
+        done, fed = torch.stack((self.state.done[: len(rows)], self.state.own_len[: len(rows)])).tolist()
+        lengths = [n + 1 for n in fed]
+        self.longest = max(fed)
+        self.shortest = min(fed) + 1
+        if self.stop_strings is not None:
+            self._cut_at_stop_strings(lengths)
+        ended = [slot for slot, row in enumerate(rows) if done[slot] or row.cut is not None]
+        if ended:
+            lengths = [rows[slot].cut or min(lengths[slot], self.params.max_completion_length) for slot in ended]
+            for slot, finished in zip(ended, self.state.read(ended, lengths), strict=True):
+                self._take(rows[slot], finished)
+        return ended
+
+    def _cut_at_stop_strings(self, lengths: list[int]) -> None:
+        assert self.stop_strings is not None
+        rows = self.scheduler.rows
+        tokens = self.state.out_tokens[: len(rows), : max(lengths)].tolist()
+        for row, row_tokens, length in zip(rows, tokens, lengths, strict=True):
+            row.cut = self.stop_strings.cut(row_tokens[:length], row.seen)
+            row.seen = length
+
+    def _take(self, row: Row, finished: FinishedRow) -> None:
+        """A row has ended; when it was its group's last, the group is complete."""
+        tokens = finished.tokens
+        stopped = row.cut is not None or (bool(tokens) and tokens[-1] in self.params.stop_token_ids)
+        group = row.group
+        group.completions[row.k] = Completion(
+            tokens, finished.logprobs, "stop" if stopped else "length", finished.routes
+        )
+        self.tokens += len(tokens)
+        if len(group.completions) == group.size:
+            completions = [group.completions[k] for k in range(group.size)]
+            complete = RolloutGroup(group.request.problem, completions, self.prompt_routes.pop(group.index, None))
+            self.groups[group.index] = complete
+            if self.on_group is not None:
+                self.on_group(group.index, complete)
+
+    def _write_stats(self) -> None:
+        seconds = time.perf_counter() - self.started
+        self.engine.stats = {
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "first_token_s": self.first_token_s,
+            "steps": self.steps,
+            "max_batch": self.max_rows,
+            "busy_frac": self.tokens / max(self.row_steps, 1),
+            "cache_bytes": self.cache.bytes,
+            "derived_bytes": self.weights.derived_bytes,
+            "build_s": self.weights.build_s,
+        }
+
+
+def _check(requests: Sequence[RolloutRequest], params: SamplingParams) -> None:
+    if params.max_completion_length < 0:
+        raise ValueError(f"SamplingParams.max_completion_length = {params.max_completion_length}: must be >= 0")
+    for request in requests:
+        if not request.seeds:
+            raise ValueError(f"request for problem {request.problem.id!r} has no seeds: one per completion is needed")
+        if not request.problem.prompt_ids:
+            raise ValueError(f"problem {request.problem.id!r} has an empty prompt: at least one token is needed")
+
+
+def _routes_layout(config: Any) -> tuple[tuple[int, int] | None, torch.dtype]:
+    """-> (MoE layers, K) or None, and the smallest dtype that holds an expert's number."""
+    layers = len(config.moe_layers)
+    if not layers:
+        return None, torch.uint8
+    return (layers, config.num_experts_per_tok), torch.uint8 if config.n_routed_experts <= 256 else torch.int16

@@ -1,0 +1,159 @@
+"""The parts of a decode step in plain torch: the reference that the CUDA kernels are compared with, and the CPU's path.
+
+N rows, H heads, C latent rank, R RoPE dims, E experts, K experts per token.
+
+Two choices make them fast at small sizes on a CPU: attention folds the heads of a row (and for the prompt those of a whole
+group) into the rows of one batched matmul, and each expert is one matmul over the tokens that chose it. No matmul sees fewer
+than four rows of a larger problem, which keeps results exact: this library's matmuls give a row the same bits for every
+row count >= 4 (measured with MKL on AVX-512), but others below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+MIN_MATMUL_ROWS = 4
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Who attends to what in one step; the same for all layers.
+
+    slot (n,): the own slot of each row. own_len (n,): tokens of it to attend to, the one just written included.
+    prompt_slot, prompt_len (n,). group_slot (B,), group_rows (B, Gmax): the rows of each prompt in flight, padded by
+    repeating a row; cell (n,): where row r stands in the flattened `group_rows`. longest_own, longest_prompt: host-side
+    upper bounds of the lengths. own_mask (n, 1, longest_own), prompt_mask (B, 1, longest_prompt): 0 or -inf, read by the
+    reference only. regular: row r stands at place r and every prompt slot b holds group b, so nothing is gathered.
+    """
+
+    slot: torch.Tensor
+    own_len: torch.Tensor
+    prompt_slot: torch.Tensor
+    prompt_len: torch.Tensor
+    group_slot: torch.Tensor
+    group_rows: torch.Tensor
+    cell: torch.Tensor
+    longest_own: int
+    longest_prompt: int
+    regular: bool
+    own_mask: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (N, D) -> x / rms(x) * weight, the mean in fp32."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> None:
+    """Rotate x (N, R) or (N, H, R) in place; (2i, 2i+1) is a pair; turns (N, R/2) complex64, cos + i sin."""
+    if x.dim() == 3:
+        turns = turns[:, None]
+    aligned = x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    if x.dtype == torch.float32 and aligned:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+    else:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        x.copy_(torch.view_as_real(pairs * turns).flatten(-2))
+
+
+def write_latent(
+    latent: torch.Tensor, weight: torch.Tensor, eps: float, turns: torch.Tensor, own: torch.Tensor, place: torch.Tensor
+) -> None:
+    """latent (N, C+R) as projected: normalise its first C = len(weight) columns, rotate the rest, and store it in the
+    cache own (S, T, C+R) at the flat places (N,) = slot * T + position. `latent` is overwritten."""
+    rank = weight.shape[0]
+    latent[:, :rank] = rms_norm(latent[:, :rank], weight, eps)
+    rotate(latent[:, rank:], turns)
+    own.view(-1, own.shape[-1]).index_copy_(0, place, latent)
+
+
+def attention(
+    q: torch.Tensor, own: torch.Tensor, prompt: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Absorbed MLA decode: q (N, H, C+R) over prompt (P, Tp, C+R) and own (S, To, C+R) -> (N, H, C+R).
+
+    One softmax over the row's prompt and its own tokens; the values are the cache rows themselves, so the caller keeps
+    the first C columns. Rows stand at the slot of their number (row r in slot r).
+    """
+    rows, heads, width = q.shape
+    keys = own[:rows, : plan.longest_own]
+    assert plan.own_mask is not None and plan.prompt_mask is not None
+    own_scores = torch.baddbmm(plan.own_mask, q, keys.transpose(1, 2), alpha=scale)
+    groups, largest = plan.group_rows.shape
+    if plan.regular:
+        prompt_keys = prompt[:groups, : plan.longest_prompt]
+        grouped = q.view(groups, largest * heads, width)
+    else:
+        prompt_keys = prompt[:, : plan.longest_prompt].index_select(0, plan.group_slot)
+        grouped = q.index_select(0, plan.group_rows.view(-1)).view(groups, largest * heads, width)
+    prompt_scores = torch.baddbmm(plan.prompt_mask, grouped, prompt_keys.transpose(1, 2), alpha=scale)
+    prompt_scores = prompt_scores.view(groups * largest, heads, -1)
+    if not plan.regular:
+        prompt_scores = prompt_scores.index_select(0, plan.cell)
+    probs = torch.cat((prompt_scores, own_scores), dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    prompt_probs = probs[..., : plan.longest_prompt]
+    if not plan.regular:
+        prompt_probs = prompt_probs.index_select(0, plan.group_rows.view(-1))
+    from_prompt = torch.bmm(prompt_probs.reshape(groups, largest * heads, -1), prompt_keys)
+    from_prompt = from_prompt.view(groups * largest, heads, width)
+    if not plan.regular:
+        from_prompt = from_prompt.index_select(0, plan.cell)
+    return torch.baddbmm(from_prompt, probs[..., plan.longest_prompt :], keys)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """(N, 2I) -> silu(first half) * second half, (N, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def experts_by_loop(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The routed experts' output: x (N, D), experts (N, K) int64, weights (N, K) fp32, gate_up (E, 2I, D), down (E, D, I).
+
+    Tokens are sorted by expert, then one matmul per expert that has any. An expert with fewer than four tokens computes
+    four rows (those of the next expert, or padding), and the next expert overwrites the surplus.
+    """
+    tokens, k = experts.shape
+    order = experts.view(-1).argsort(stable=True)
+    counts = torch.bincount(experts.view(-1), minlength=gate_up.shape[0]).tolist()
+    source = order // k
+    inputs = F.pad(x.index_select(0, source), (0, 0, 0, MIN_MATMUL_ROWS))
+    hidden = x.new_empty(inputs.shape[0], gate_up.shape[1])
+    outputs = torch.empty_like(inputs)
+    spans, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            spans.append((expert, start, start + max(count, MIN_MATMUL_ROWS)))
+            start += count
+    for expert, start, stop in spans:
+        torch.mm(inputs[start:stop], gate_up[expert].t(), out=hidden[start:stop])
+    hidden = silu_mul(hidden)
+    for expert, start, stop in spans:
+        torch.mm(hidden[start:stop], down[expert].t(), out=outputs[start:stop])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    chosen = outputs.index_select(0, back).view(tokens, k, -1)
+    return torch.bmm(weights.to(x.dtype)[:, None], chosen).squeeze(1)
+
+
+def experts_grouped(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """As `experts_by_loop`, through grouped_mm and without any host-side count (for CUDA)."""
+    tokens, k = experts.shape
+    ordered, order = experts.view(-1).sort(stable=True)
+    bounds = torch.arange(gate_up.shape[0], device=x.device)
+    offsets = torch.searchsorted(ordered, bounds, right=True).to(torch.int32)
+    inputs = x.index_select(0, order // k)
+    hidden = silu_mul(F.grouped_mm(inputs, gate_up.transpose(1, 2), offs=offsets))
+    outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
+    weighted = outputs.float() * weights.view(-1)[order][:, None]
+    result = torch.empty_like(weighted)
+    result[order] = weighted
+    return result.view(tokens, k, -1).sum(1).to(x.dtype)

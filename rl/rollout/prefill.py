@@ -1,0 +1,82 @@
+"""Prompts through the policy once per group: packed, in chunks of bounded size, into the latent cache.
+
+The policy's own forward does it (expanded MLA), so what prompts leave in the cache is exactly what training would compute.
+Kept besides the latents: the logits after the last prompt token, from which every completion of the group draws its first
+token, and the experts that the prompt tokens went through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rl.rollout.cache import LatentCache
+from rl.rollout.scheduler import Group
+from rl.rollout.weights import halves_to_pairs
+
+
+class Prefill:
+    """chunk_tokens: most prompt tokens in one forward (a longer prompt goes alone). one_by_one: never pack prompts
+    together, so that rounding cannot depend on which prompts were admitted at once."""
+
+    def __init__(
+        self,
+        policy: Any,
+        cache: LatentCache,
+        *,
+        chunk_tokens: int,
+        routes_dtype: torch.dtype,
+        one_by_one: bool = False,
+    ) -> None:
+        config, head = policy.config, policy.lm_head.weight
+        self._policy, self._cache = policy, cache
+        self._chunk_tokens = 0 if one_by_one else chunk_tokens
+        self._routes_dtype = routes_dtype
+        rank, device = config.kv_lora_rank, cache.own.device
+        self._columns = torch.cat(
+            (torch.arange(rank, device=device), rank + halves_to_pairs(config.qk_rope_head_dim, device))
+        )
+        # (prompt_slots, V): next-token logits of the prompts in flight
+        self.logits = torch.zeros(cache.shape.prompt_slots, head.shape[0], dtype=head.dtype, device=device)
+
+    def run(self, groups: Sequence[Group]) -> dict[int, torch.Tensor]:
+        """Prefill the prompts of `groups` into their prompt slots -> by group index, routes (P, Lm, K) on the host (none
+        for a policy without experts)."""
+        routes: dict[int, torch.Tensor] = {}
+        for chunk in self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids))):
+            routes |= self._forward(chunk)
+        return routes
+
+    def _chunks(self, groups: Sequence[Group]) -> list[list[Group]]:
+        chunks: list[list[Group]] = []
+        room = 0
+        for group in groups:
+            length = len(group.prompt_ids)
+            if not chunks or length > room:
+                chunks.append([])
+                room = self._chunk_tokens
+            chunks[-1].append(group)
+            room -= length
+        return chunks
+
+    def _forward(self, groups: list[Group]) -> dict[int, torch.Tensor]:
+        device = self._cache.own.device
+        lengths = [len(group.prompt_ids) for group in groups]
+        tokens = torch.tensor([token for group in groups for token in group.prompt_ids], device=device)
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        slots = [group.prompt_slot for group in groups]
+        stride = self._cache.shape.prompt_tokens
+        places = torch.cat(
+            [torch.arange(n) + slot * stride for n, slot in zip(lengths, slots, strict=True) if slot is not None]
+        ).to(device)
+        latents: list[torch.Tensor] = []
+        hidden, routes = self._policy(tokens, ends, max(lengths), latents=latents)
+        self._cache.store_prompts(latents, places, self._columns)
+        last = hidden.index_select(0, ends[1:].long() - 1)
+        self.logits[torch.tensor(slots, device=device)] = self._policy.lm_head(last)
+        if routes is None:
+            return {}
+        parts = routes.to(self._routes_dtype).cpu().split(lengths)
+        return {group.index: part for group, part in zip(groups, parts, strict=True)}

@@ -1,0 +1,187 @@
+"""What a rollout knows about each of its rows, in device tensors of fixed size that decode steps read and write in place.
+
+Row r of the batch is slot r of every tensor. A finished row stays until the host looks: its length stands still and what it
+writes lands in a spare position behind its end. Outputs are kept per slot too and read out when the row has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rl.rollout.cache import LENGTH_MULTIPLE, LatentCache
+from rl.rollout.ops import AttentionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """A row to start: its slot, its prompt's slot and length in tokens, its 64-bit seed (signed)."""
+
+    slot: int
+    prompt_slot: int
+    prompt_len: int
+    seed: int
+
+
+@dataclass(slots=True)
+class FinishedRow:
+    """What one row produced, on the host. routes: (T - 1, Lm, K) or None."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+    routes: torch.Tensor | None
+
+
+class RowState:
+    """slots: capacity. limit: most tokens a row may sample. routes_shape: (Lm, K) or None for a policy without experts."""
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        limit: int,
+        stop_token_ids: tuple[int, ...],
+        routes_shape: tuple[int, int] | None,
+        routes_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def integers() -> torch.Tensor:
+            return torch.zeros(slots, dtype=torch.int64, device=device)
+
+        self.slots, self.limit, self.device = slots, limit, device
+        self.rows = torch.arange(slots, device=device)
+        self.token = integers()  # last sampled, not yet fed
+        self.own_len = integers()  # tokens fed so far: the row has sampled one more
+        self.prompt_slot, self.prompt_len, self.seed = integers(), integers(), integers()
+        self.done = torch.ones(slots, dtype=torch.bool, device=device)
+        self.stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
+        # One position more than a row can fill, for what finished rows write.
+        self.out_tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
+        self.out_logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
+        self.out_routes: torch.Tensor | None = None
+        if routes_shape is not None:
+            self.out_routes = torch.zeros(slots, limit, *routes_shape, dtype=routes_dtype, device=device)
+
+    @staticmethod
+    def row_bytes(limit: int, routes_shape: tuple[int, int] | None, routes_dtype: torch.dtype) -> int:
+        routes = 0 if routes_shape is None else routes_shape[0] * routes_shape[1] * routes_dtype.itemsize
+        return (limit + 1) * 12 + limit * routes + 41
+
+    def start(self, specs: list[RowSpec]) -> torch.Tensor:
+        """Reset the slots of new rows -> their slots (n,). Their first token is then given by `record`."""
+        slots, prompt_slot, prompt_len, seed = torch.tensor(
+            [(s.slot, s.prompt_slot, s.prompt_len, s.seed) for s in specs], dtype=torch.int64
+        ).t().to(self.device)
+        self.prompt_slot[slots], self.prompt_len[slots], self.seed[slots] = prompt_slot, prompt_len, seed
+        self.own_len[slots] = -1  # `record` counts it up to 0: one token sampled, none fed
+        self.done[slots] = False
+        return slots
+
+    def record(self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Take each row's next token (n,): outputs, lengths, and whether the row has now ended."""
+        done, own_len = self.done.index_select(0, rows), self.own_len.index_select(0, rows)
+        place = rows * (self.limit + 1) + own_len + 1
+        self.out_tokens.view(-1).index_copy_(0, place, tokens)
+        self.out_logprobs.view(-1).index_copy_(0, place, logprobs)
+        own_len = own_len + ~done
+        ended = own_len + 1 >= self.limit
+        if self.stops.numel() == 1:
+            ended = ended | (tokens == self.stops)
+        elif self.stops.numel():
+            ended = ended | (tokens[:, None] == self.stops).any(-1)
+        self.token.index_copy_(0, rows, tokens)
+        self.own_len.index_copy_(0, rows, own_len)
+        self.done.index_copy_(0, rows, done | ended)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Copy rows `source` over rows `target` (disjoint); length: sampled tokens at most."""
+        for tensor in (self.token, self.own_len, self.prompt_slot, self.prompt_len, self.seed, self.done):
+            tensor[target] = tensor[source]
+        for output in (self.out_tokens, self.out_logprobs, self.out_routes):
+            if output is not None:
+                output[target, :length] = output[source, :length]
+
+    def read(self, slots: list[int], lengths: list[int]) -> list[FinishedRow]:
+        """Outputs of ended rows, one transfer per tensor."""
+        index = torch.tensor(slots, device=self.device)
+        longest = max(lengths, default=0)
+        tokens = self.out_tokens[index, :longest].cpu()
+        logprobs = self.out_logprobs[index, :longest].cpu()
+        routes = None if self.out_routes is None else self.out_routes[index, : max(longest - 1, 0)].cpu()
+        return [
+            FinishedRow(
+                tokens=tokens[i, :length].tolist(),
+                logprobs=logprobs[i, :length].clone(),
+                routes=None if routes is None else routes[i, : max(length - 1, 0)].clone(),
+            )
+            for i, length in enumerate(lengths)
+        ]
+
+
+class PlanBuilder:
+    """Builds the `AttentionPlan` of a step from the host's picture of the rows (which prompt slot each row reads)."""
+
+    def __init__(self, state: RowState, cache: LatentCache) -> None:
+        self.state, self.cache = state, cache
+        self._groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool] | None = None
+        self._prompt_mask: torch.Tensor | None = None
+        self._rows, self._longest_prompt = 0, 0
+        self._positions = torch.arange(cache.shape.own_tokens, device=state.device)
+
+    def regroup(self, prompt_slots: list[int], prompt_lens: list[int]) -> None:
+        """Call when rows came, went or moved: row r reads prompt slot prompt_slots[r] of prompt_lens[r] tokens."""
+        members: dict[int, list[int]] = {}
+        length_of = dict(zip(prompt_slots, prompt_lens, strict=True))
+        for row, slot in enumerate(prompt_slots):
+            members.setdefault(slot, []).append(row)
+        largest = max(len(rows) for rows in members.values())
+        order = sorted(members)
+        padded = [members[slot] + members[slot][:1] * (largest - len(members[slot])) for slot in order]
+        cell = [0] * len(prompt_slots)
+        for group, slot in enumerate(order):
+            for place, row in enumerate(members[slot]):
+                cell[row] = group * largest + place
+        regular = order == list(range(len(order))) and cell == list(range(len(order) * largest))
+        device = self.state.device
+        lengths = torch.tensor([length_of[slot] for slot in order], device=device)
+        self._rows = len(prompt_slots)
+        self._groups = (
+            torch.tensor(order, device=device),
+            torch.tensor(padded, device=device),
+            torch.tensor(cell, device=device),
+            regular,
+        )
+        self._longest_prompt = _round_up(max(prompt_lens), self.cache.shape.prompt_tokens)
+        beyond = torch.arange(self._longest_prompt, device=device) >= lengths[:, None]
+        self._prompt_mask = _additive(beyond, self.cache.own.dtype)[:, None]
+
+    def plan(self, longest_own: int) -> AttentionPlan:
+        """For the step that feeds the tokens sampled last; longest_own: own tokens of the longest row, that one included."""
+        assert self._groups is not None
+        state, rows = self.state, self._rows
+        group_slot, group_rows, cell, regular = self._groups
+        longest = _round_up(longest_own, self.cache.shape.own_tokens)
+        own_len = state.own_len[:rows] + 1
+        return AttentionPlan(
+            slot=state.rows[:rows],
+            own_len=own_len,
+            prompt_slot=state.prompt_slot[:rows],
+            prompt_len=state.prompt_len[:rows],
+            group_slot=group_slot,
+            group_rows=group_rows,
+            cell=cell,
+            longest_own=longest,
+            longest_prompt=self._longest_prompt,
+            regular=regular,
+            own_mask=_additive(self._positions[:longest] >= own_len[:, None], self.cache.own.dtype)[:, None],
+            prompt_mask=self._prompt_mask,
+        )
+
+
+def _round_up(length: int, most: int) -> int:
+    return min(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most)
+
+
+def _additive(masked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, float("-inf"))
