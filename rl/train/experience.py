@@ -1,0 +1,183 @@
+"""One step's experience: problems -> completions -> rewards -> advantages, over all ranks.
+
+Problem number b of the step (0 .. B-1) belongs to rank b % world_size; row b * G + k is its k-th completion. Rewards are scored
+group by group in the background while the engine goes on sampling. What crosses ranks is small: one `RowRecord` a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rewards.scorer import RewardScorer, ScoredBatch, merge_batches
+from rl.distributed import derive_seed, gather_objects, rank, world_size
+from rl.grpo.advantages import ScaleRewards, group_advantages
+from rl.train.batching import Row
+from rl.types import Completion, Problem, RolloutEngine, RolloutGroup, RolloutRequest, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """What every rank knows of every row: its number b * G + k, its problem, text (for the log), length and scores."""
+
+    index: int
+    problem_id: str
+    prompt: str
+    text: str
+    tokens: int
+    truncated: bool
+    reward: float | None
+    scores: dict[str, float | None]
+    explanations: dict[str, str]
+
+
+@dataclass(slots=True)
+class Experience:
+    """groups: this rank's, in the order of their positions b. positions: these b. records: of all ranks, by row number.
+    scored: of all ranks, by row number. rewards, advantages: (B, G) float32 over all ranks; a masked reward is NaN with advantage 0."""
+
+    groups: list[RolloutGroup]
+    positions: list[int]
+    records: list[RowRecord]
+    scored: ScoredBatch
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+
+    def rows(self, *, mask_truncated: bool, replay_routes: bool) -> list[Row]:
+        """This rank's rows for training. mask_truncated: completions that were cut off get no loss."""
+        per_group = self.rewards.shape[1]
+        return [
+            Row(
+                index=b * per_group + k,
+                prompt_ids=group.problem.prompt_ids,
+                completion_ids=completion.token_ids,
+                advantage=float(self.advantages[b, k]),
+                sampling_logprobs=completion.logprobs,
+                routes=_row_routes(group, completion) if replay_routes else None,
+                trained=not (mask_truncated and completion.truncated) and not bool(self.rewards[b, k].isnan()),
+            )
+            for b, group in zip(self.positions, self.groups, strict=True)
+            for k, completion in enumerate(group.completions)
+        ]
+
+
+def collect(
+    problems: Sequence[Problem],
+    *,
+    engine: RolloutEngine,
+    params: SamplingParams,
+    num_generations: int,
+    seed: int,
+    step: int,
+    scorer: RewardScorer,
+    decode: TextOf,
+    scale_rewards: ScaleRewards,
+) -> Experience:
+    """Sample and score all `problems` of the step (the same list on every rank; each rank does its own)."""
+    positions = list(range(rank(), len(problems), world_size()))
+    requests = [
+        RolloutRequest(
+            problems[b],
+            tuple(derive_seed(seed, "rollout", step, problems[b].id, k) for k in range(num_generations)),
+        )
+        for b in positions
+    ]
+    groups, scored = sample_and_score(requests, engine=engine, params=params, scorer=scorer, decode=decode)
+    records, scored = _share(groups, positions, scored, decode)
+    rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in records]).view(-1, num_generations)
+    return Experience(groups, positions, records, scored, rewards, group_advantages(rewards, scale=scale_rewards))
+
+
+class TextOf:
+    """Token ids -> the text that rewards read: a final end-of-text token is taken off, everything else is shown as it is (also
+    a </answer> that ended the completion)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        ids = list(token_ids)
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def sample_and_score(
+    requests: Sequence[RolloutRequest],
+    *,
+    engine: RolloutEngine,
+    params: SamplingParams,
+    scorer: RewardScorer,
+    decode: TextOf,
+) -> tuple[list[RolloutGroup], ScoredBatch]:
+    """This rank's groups and their scores, rows in the order of the requests."""
+    pending: dict[int, Future[ScoredBatch]] = {}
+
+    def score_group(index: int, group: RolloutGroup) -> None:
+        size = len(group.completions)
+        pending[index] = scorer.submit(
+            prompts=[group.problem.prompt] * size,
+            completions=[decode(completion.token_ids) for completion in group.completions],
+            completion_ids=[completion.token_ids for completion in group.completions],
+            columns={name: [value] * size for name, value in group.problem.columns.items()},
+            group_ids=[index] * size,
+        )
+
+    groups = engine.generate(requests, params, on_group=score_group)
+    return groups, merge_batches([pending[i].result() for i in range(len(requests))])
+
+
+def _share(
+    groups: list[RolloutGroup], positions: list[int], scored: ScoredBatch, decode: TextOf
+) -> tuple[list[RowRecord], ScoredBatch]:
+    """Everybody's records and scores in row order. A rank's local rows are in the order of its positions."""
+    records = []
+    row = 0
+    for b, group in zip(positions, groups, strict=True):
+        for k, completion in enumerate(group.completions):
+            records.append(_record(b * len(group.completions) + k, group.problem, completion, scored, row, decode))
+            row += 1
+    parts = gather_objects((records, scored))
+    everyone = [record for part, _ in parts for record in part]
+    order = sorted(range(len(everyone)), key=lambda i: everyone[i].index)
+    return [everyone[i] for i in order], _reordered(merge_batches([batch for _, batch in parts]), order)
+
+
+def _reordered(batch: ScoredBatch, order: Sequence[int]) -> ScoredBatch:
+    def pick(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: [values[i] for i in order] for name, values in table.items()}
+
+    return ScoredBatch(
+        rewards=[batch.rewards[i] for i in order],
+        by_function=pick(batch.by_function),
+        scores=pick(batch.scores),
+        statuses=pick(batch.statuses),
+        latencies=pick(batch.latencies),
+    )
+
+
+def _record(
+    index: int, problem: Problem, completion: Completion, scored: ScoredBatch, row: int, decode: TextOf
+) -> RowRecord:
+    return RowRecord(
+        index=index,
+        problem_id=problem.id,
+        prompt=problem.prompt,
+        text=decode(completion.token_ids),
+        tokens=len(completion.token_ids),
+        truncated=completion.truncated,
+        reward=scored.rewards[row],
+        scores={name: values[row] for name, values in scored.by_function.items()},
+        explanations={name: f"{s[row].rule}: {s[row].reason}" for name, s in scored.scores.items() if s[row].reason},
+    )
+
+
+def _row_routes(group: RolloutGroup, completion: Completion) -> torch.Tensor | None:
+    if group.prompt_routes is None or completion.routes is None:
+        return None
+    return torch.cat([group.prompt_routes, completion.routes])

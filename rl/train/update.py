@@ -1,0 +1,172 @@
+"""Experience -> optimizer steps: mini-batches, old and reference logprobs, and the loss of one micro-batch.
+
+A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Mini-batch m holds the m-th part of the step's
+rows by row number, so it is the same set of rows on any number of ranks; groups stay together where the numbers allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rl.config import GRPOSection
+from rl.distributed import sum_over_ranks, sum_tensor_over_ranks
+from rl.grpo.loss import loss_divisor, policy_loss, summarize_metrics
+from rl.grpo.mismatch import logprob_mismatch, routing_disagreement, summarize_mismatch
+from rl.policy.moe import expert_load
+from rl.train.batching import MicroBatch, Row, make_micro_batch, pack_rows
+from rl.train.experience import Experience
+from rl.train.learner import Learner, Scored, StepResult
+
+PROBE_ROWS = 4
+
+
+@dataclass(slots=True)
+class MiniBatch:
+    """One optimizer step: this rank's micro-batches, and the divisor of the loss, which counts all ranks."""
+
+    batches: list[MicroBatch]
+    divisor: float
+
+
+@dataclass(slots=True)
+class UpdateResult:
+    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens each expert got on all ranks, or None."""
+
+    steps: list[StepResult]
+    metrics: dict[str, float]
+    expert_load: torch.Tensor | None
+
+
+class GRPOUpdate:
+    """The update stage of a step, for one recipe."""
+
+    def __init__(
+        self, learner: Learner, section: GRPOSection, *, micro_batch_tokens: int, temperature: float, max_completion_length: int
+    ) -> None:
+        self.learner = learner
+        self.section = section
+        self.micro_batch_tokens = micro_batch_tokens
+        self.temperature = temperature
+        self.max_completion_length = max_completion_length
+
+    def run(self, experience: Experience, *, step: int, replay_routes: bool) -> UpdateResult:
+        """All optimizer steps of GRPO step number `step` (0-based)."""
+        rows = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=replay_routes)
+        probe = self._probe_without_replay(rows) if replay_routes else {}
+        mini_batches = self._split(rows, experience)
+        self._score_before_update(mini_batches)
+        spare = next(batch for mini in mini_batches for batch in mini.batches)
+        results, first = [], step * self.section.num_iterations * len(mini_batches)
+        for iteration in range(self.section.num_iterations):
+            for m, mini in enumerate(mini_batches):
+                number = first + iteration * len(mini_batches) + m
+                result = self.learner.step(
+                    mini.batches,
+                    self.loss,
+                    divisor=mini.divisor,
+                    step=number,
+                    temperature=self.temperature,
+                    spare=spare,
+                )
+                results.append(result)
+        return UpdateResult(results, {**_summarize(results), **probe}, self._expert_load(mini_batches))
+
+    def loss(self, scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The GRPO loss of one micro-batch, as a sum, and its metric sums."""
+        section = self.section
+        # The first and only update of a rollout is on-policy: the old logprobs are the present ones.
+        old = scored.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        sums = policy_loss(
+            scored.logprobs,
+            old,
+            batch.advantages,
+            batch.loss_mask,
+            loss_type=section.loss_type,
+            epsilon=section.epsilon,
+            epsilon_high=section.epsilon_high,
+            delta=section.delta,
+            beta=section.beta,
+            ref_logprobs=batch.ref_logprobs,
+            sampling_logprobs=batch.sampling_logprobs,
+            importance_sampling_cap=section.importance_sampling_cap,
+        )
+        metrics = dict(sums.metrics)
+        metrics["entropy_sum"] = (scored.entropy * batch.loss_mask).sum()
+        if batch.sampling_logprobs is not None:
+            metrics |= logprob_mismatch(batch.sampling_logprobs, old, batch.loss_mask)
+        return sums.loss, metrics
+
+    def _split(self, rows: Sequence[Row], experience: Experience) -> list[MiniBatch]:
+        records, parts = experience.records, self.section.mini_batches
+        masked = self.section.mask_truncated_completions
+        size = len(records) // parts
+        minis = []
+        for m in range(parts):
+            low, high = m * size, (m + 1) * size
+            counted = [r.tokens for r in records[low:high] if r.reward is not None and not (masked and r.truncated)]
+            divisor = loss_divisor(
+                self.section.loss_type,
+                num_sequences=high - low,
+                num_tokens=sum(counted),
+                max_completion_length=self.max_completion_length,
+            )
+            mine = [row for row in rows if low <= row.index < high]
+            minis.append(MiniBatch(pack_rows(mine, max_tokens=self.micro_batch_tokens), divisor))
+        return minis
+
+    def _score_before_update(self, minis: Sequence[MiniBatch]) -> None:
+        """Fill in old_logprobs (needed once weights move between uses of a rollout) and ref_logprobs."""
+        batches = [batch for mini in minis for batch in mini.batches]
+        if self.section.num_iterations * len(minis) > 1:
+            for batch, scored in zip(batches, self.learner.score(batches, temperature=self.temperature), strict=True):
+                batch.old_logprobs = scored.logprobs.cpu()
+        if self.section.beta > 0:
+            reference = self.learner.reference_logprobs(batches, temperature=self.temperature)
+            for batch, logprobs in zip(batches, reference, strict=True):
+                batch.ref_logprobs = logprobs.cpu()
+
+    def _probe_without_replay(self, rows: Sequence[Row]) -> dict[str, float]:
+        """What the mismatch would be if the update let its own router choose: measured on a few rows, before the update."""
+        few = [row for row in rows if row.routes is not None][:PROBE_ROWS]
+        batch = make_micro_batch(few)
+        recorded, batch.routes = batch.routes, None
+        [scored] = self.learner.score([batch], temperature=self.temperature)
+        sums: dict[str, torch.Tensor] = {}
+        if batch.sampling_logprobs is not None:
+            sums |= logprob_mismatch(batch.sampling_logprobs, scored.logprobs.cpu(), batch.present)
+        if recorded is not None and scored.routes is not None:
+            sums |= routing_disagreement(recorded, scored.routes.cpu())
+        totals = sum_over_ranks({name: float(value) for name, value in sums.items()}, self.learner.device)
+        found = summarize_mismatch(totals)
+        return {name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in found.items()}
+
+    def _expert_load(self, minis: Sequence[MiniBatch]) -> torch.Tensor | None:
+        """Tokens that each expert of each MoE layer got in this step, (Lm, E), over all ranks."""
+        config = getattr(self.learner.policy, "config", None)
+        experts = getattr(config, "n_routed_experts", None)
+        routes = [batch.routes for mini in minis for batch in mini.batches if batch.routes is not None]
+        if not routes or experts is None:
+            return None
+        joined = torch.cat(routes)
+        load = torch.stack([expert_load(joined[:, layer], experts) for layer in range(joined.shape[1])])
+        return sum_tensor_over_ranks(load, self.learner.device)
+
+
+def _summarize(results: Sequence[StepResult]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for result in results:
+        for name, value in result.sums.items():
+            totals[name] = totals.get(name, 0.0) + value
+    tokens = max(totals["loss_tokens"], 1.0)
+    return {
+        "loss": sum(r.loss for r in results) / len(results),
+        "grad_norm": sum(r.grad_norm for r in results) / len(results),
+        "learning_rate": results[-1].learning_rate,
+        "skipped_updates": float(sum(r.skipped for r in results)),
+        "entropy": totals["entropy_sum"] / tokens,
+        **summarize_metrics(totals),
+        **summarize_mismatch(totals),
+    }
