@@ -1,0 +1,268 @@
+"""One decode step of an MLA/MoE policy as about nine launches a layer, every shape fixed, nothing read on the host.
+
+In: the policy's own parameters, the latent caches, and `StepInputs` (device tensors). Out: logits (N, V) of the next token;
+the new tokens' cache rows and expert choices are written in place. Safe to capture in a CUDA graph.
+
+    combine_norm | joined q and latent projection | absorb (+ RoPE, cache write) | attend prompt | attend own
+    merge_and_expand | o_proj | combine_norm | route | gate_up | down          (matrix products without a name: cuBLAS)
+
+The sum over a token's experts and the residual sum are part of the next `combine_norm`. The only weight-derived buffers are
+the joined projections (`derived_bytes`), rebuilt by `refresh` after each update; everything else is read where it lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rl.rollout.kernels.attention import attend, head_block
+from rl.rollout.kernels.layout import cdiv
+from rl.rollout.kernels.moe import ExpertWeights, default_tiles, gate_up_rows, grouped_experts
+from rl.rollout.kernels.norm import combine_norm
+from rl.rollout.kernels.projections import absorb, merge_and_expand
+from rl.rollout.kernels.router import route
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """N rows of one step, all int32 on the device except tokens (int64).
+
+    tokens: fed now. positions: their place in prompt + completion. slots: own cache slot. places: index within it
+    where the new cache row goes, -1 for an idle row. own_lengths: own tokens to attend to, the new one included (0: idle).
+    prompt_slots, prompt_lengths: the group's prompt. tiles (M, rows_per_tile): rows that share a prompt, -1 padded; every row
+    of the batch stands in exactly one tile.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+    own_lengths: torch.Tensor
+    prompt_slots: torch.Tensor
+    prompt_lengths: torch.Tensor
+    tiles: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Layer:
+    module: Any
+    joined: torch.Tensor
+    joined_bias: torch.Tensor | None
+    experts: ExpertWeights
+    router: Any
+    dense_down: torch.Tensor | None
+
+
+class FusedDecoder:
+    """policy: `rl.policy.model.Policy` on CUDA in bf16 or fp32. max_rows: largest N. positions: longest prompt + completion."""
+
+    def __init__(self, policy: Any, *, max_rows: int, positions: int) -> None:
+        self.policy, self.config = policy, policy.config
+        self.max_rows = max_rows
+        config = self.config
+        weight = policy.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.rows_per_tile = rows_per_tile(config.num_attention_heads)
+        cos, sin = policy.rotary.tables(torch.arange(positions, device=self.device))
+        self.tables = (cos.contiguous(), sin.contiguous())
+        self.layers: list[_Layer] = []
+        self.derived_bytes, self.build_s = 0, 0.0
+        self._allocate()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the parameters again (after an update, or a load). Buffers keep their addresses, so captured graphs stay
+        valid as long as the parameters themselves did not move."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            layers = [self._read_layer(i, layer) for i, layer in enumerate(self.policy.model.layers)]
+        self.layers = layers
+        self._addresses = self._read_addresses()
+        self.derived_bytes = sum(layer.joined.numel() * layer.joined.element_size() for layer in layers)
+        self.build_s = time.perf_counter() - started
+
+    def parameters_moved(self) -> bool:
+        """Whether a parameter has another address than at the last `refresh`: then graphs must be captured again."""
+        return self._addresses != self._read_addresses()
+
+    def _read_addresses(self) -> tuple[int, ...]:
+        return tuple(p.data_ptr() for p in self.policy.parameters())
+
+    def _allocate(self) -> None:
+        config, rows, empty = self.config, self.max_rows, self._empty
+        width = config.hidden_size
+        heads, latent = config.num_attention_heads, config.kv_lora_rank
+        self._hidden = empty(rows, width)
+        self._q = empty(rows, heads, config.cache_width)
+        self._mixed = empty(rows, heads * config.v_head_dim)
+        most = max(n * (prompt_splits(n, self.rows_per_tile) + own_splits(n)) for n in range(1, rows + 1))
+        self._partial = empty(most * heads * latent)
+        self._lse = torch.zeros(most * heads, dtype=torch.float32, device=self.device)
+        moe = config.moe_layers
+        self._top_k = config.num_experts_per_tok or 0
+        self._parts = self._top_k + (config.n_shared_experts if moe else 0)
+        inner = max(config.moe_intermediate_size or 0, 0)
+        self._act = empty(max(rows * self._parts * inner, rows * config.intermediate_size))
+        self._y = torch.zeros(rows * max(self._parts, 1) * width, dtype=self.dtype, device=self.device)
+        if moe:
+            experts = config.n_routed_experts
+            self._counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
+            self._lists = torch.zeros(experts, rows, dtype=torch.int32, device=self.device)
+            self._weights = torch.zeros(rows * self._top_k, dtype=torch.float32, device=self.device)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def _read_layer(self, index: int, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        compressed = attention.compresses_queries
+        first = attention.q_a_proj if compressed else attention.q_proj
+        latent = attention.kv_a_proj_with_mqa
+        if index < len(self.layers):
+            joined = self.layers[index].joined
+            joined[: first.weight.shape[0]].copy_(first.weight)
+            joined[first.weight.shape[0] :].copy_(latent.weight)
+        else:
+            joined = torch.cat((first.weight, latent.weight))
+        bias = None
+        if latent.bias is not None:
+            left = first.bias if first.bias is not None else latent.bias.new_zeros(first.weight.shape[0])
+            bias = torch.cat((left, latent.bias))
+        if self.config.is_moe_layer(index):
+            shared = mlp.shared_experts
+            experts = ExpertWeights(
+                width=self.config.moe_intermediate_size,
+                gate_up=mlp.experts.gate_up_proj,
+                down=mlp.experts.down_proj,
+                shared_gate=None if shared is None else shared.gate_proj.weight,
+                shared_up=None if shared is None else shared.up_proj.weight,
+                shared_down=None if shared is None else shared.down_proj.weight,
+            )
+            return _Layer(layer, joined, bias, experts, mlp.gate, None)
+        dense = ExpertWeights(
+            width=self.config.intermediate_size,
+            gate_up=None,
+            down=None,
+            shared_gate=mlp.gate_proj.weight,
+            shared_up=mlp.up_proj.weight,
+            shared_down=None,
+        )
+        return _Layer(layer, joined, bias, dense, None, mlp.down_proj.weight)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        inputs: StepInputs,
+        own: Sequence[torch.Tensor],
+        prompt: Sequence[torch.Tensor],
+        record: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """own, prompt: per layer (slots, T, C + R); record: (slots, T, Lm, K) integers or None -> logits (N, V)."""
+        num_rows = inputs.tokens.shape[0]
+        x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
+        hidden = self._hidden[:num_rows]
+        parts: torch.Tensor | None = None
+        if self.config.moe_layers:
+            self._counts.zero_()
+        moe_index = 0
+        for i, layer in enumerate(self.layers):
+            norm = layer.module.input_layernorm
+            combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
+            attended = self._attention(hidden, layer, inputs, own[i], prompt[i])
+            norm = layer.module.post_attention_layernorm
+            combine_norm(x, attended.unsqueeze(1), norm.weight, norm.eps, out=hidden)
+            if layer.router is None:
+                parts = self._dense(hidden, layer)
+            else:
+                assert record is not None
+                parts = self._experts(hidden, layer, inputs, moe_index, record[:, :, moe_index])
+                moe_index += 1
+        norm = self.policy.model.norm
+        combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
+        return F.linear(hidden, self.policy.lm_head.weight)
+
+    def _attention(
+        self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, own: torch.Tensor, prompt: torch.Tensor
+    ) -> torch.Tensor:
+        config, attention, num_rows = self.config, layer.module.self_attn, hidden.shape[0]
+        projected = F.linear(hidden, layer.joined, layer.joined_bias)
+        first = projected.shape[1] - config.cache_width
+        q, kv = projected[:, :first], projected[:, first:]
+        if attention.compresses_queries:
+            norm = attention.q_a_layernorm
+            q = F.linear(F.rms_norm(q, norm.weight.shape, norm.weight, norm.eps), attention.q_b_proj.weight)
+        kv_b, kv_norm, nope = attention.kv_b_proj.weight, attention.kv_a_layernorm, config.qk_nope_head_dim
+        absorbed = absorb(
+            q, kv, kv_b, kv_norm.weight, self.tables, inputs.positions, inputs.slots, inputs.places, own,
+            nope=nope, interleave=config.rope_interleave, eps=kv_norm.eps, out=self._q[:num_rows],
+        )  # fmt: skip
+        from_prompt, from_own = prompt_splits(num_rows, self.rows_per_tile), own_splits(num_rows)
+        splits, heads, latent = from_prompt + from_own, config.num_attention_heads, config.kv_lora_rank
+        partial = self._partial[: num_rows * splits * heads * latent].view(num_rows, splits, heads, latent)
+        lse = self._lse[: num_rows * splits * heads].view(num_rows, splits, heads)
+        attend(
+            absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
+            first_split=0, splits=from_prompt, tiles=inputs.tiles,
+        )  # fmt: skip
+        attend(
+            absorbed, own, inputs.slots, inputs.own_lengths, scale=attention.scale, out=partial, lse=lse,
+            first_split=from_prompt, splits=from_own,
+        )  # fmt: skip
+        mixed = merge_and_expand(partial, lse, kv_b, nope=nope, out=self._mixed[:num_rows])
+        return F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+
+    def _dense(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        num_rows, width = hidden.shape[0], layer.experts.width
+        tile = default_tiles(num_rows, 0, 0, self.dtype)[0]
+        act = self._act[: num_rows * width].view(num_rows, width)
+        gate_up_rows(hidden, layer.experts, 0, None, None, act=act, tile=tile)
+        assert layer.dense_down is not None
+        return F.linear(act, layer.dense_down).unsqueeze(1)
+
+    def _experts(
+        self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, moe_index: int, record: torch.Tensor
+    ) -> torch.Tensor:
+        num_rows, width = hidden.shape
+        weights = self._weights[: num_rows * self._top_k].view(num_rows, self._top_k)
+        counts = self._counts[moe_index]
+        route(
+            hidden, layer.router, num_shared=layer.experts.num_shared, slots=inputs.slots, places=inputs.places,
+            weights=weights, counts=counts, lists=self._lists, record=record,
+        )  # fmt: skip
+        inner = layer.experts.width
+        act = self._act[: num_rows * self._parts * inner].view(num_rows * self._parts, inner)
+        out = self._y[: num_rows * self._parts * width].view(num_rows, self._parts, width)
+        return grouped_experts(hidden, layer.experts, weights, counts, self._lists, act=act, out=out)
+
+
+def rows_per_tile(heads: int) -> int:
+    """Rows of a group that one program of prompt attention takes: up to 64 query rows (rows x heads)."""
+    return max(1, 64 // head_block(heads, 1))
+
+
+def own_splits(num_rows: int) -> int:
+    """Splits of each row's own completion: enough programs for 132 multiprocessors, two each."""
+    return max(1, min(16, cdiv(256, num_rows)))
+
+
+def prompt_splits(num_rows: int, per_tile: int) -> int:
+    """Splits of a prompt: one program a multiprocessor."""
+    return max(1, min(16, cdiv(132, cdiv(num_rows, per_tile))))
+
+
+def prompt_tiles(groups: Sequence[Sequence[int]], per_tile: int, num_tiles: int) -> list[list[int]]:
+    """The `tiles` table: groups of rows that share a prompt, cut into tiles of at most `per_tile`, padded with -1 to
+    `num_tiles` tiles. [[0, 1, 2], [3]] with per_tile 2 -> [[0, 1], [2, -1], [3, -1], ...]."""
+    tiles = []
+    for rows in groups:
+        for start in range(0, len(rows), per_tile):
+            part = list(rows[start : start + per_tile])
+            tiles.append(part + [-1] * (per_tile - len(part)))
+    if len(tiles) > num_tiles:
+        raise ValueError(f"{len(tiles)} tiles of rows that share a prompt, but the table holds {num_tiles}")
+    return tiles + [[-1] * per_tile] * (num_tiles - len(tiles))
