@@ -7,13 +7,14 @@ differ only by the weights (common random numbers), which makes small gains visi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from rewards.scorer import RewardScorer
+from rewards.scorer import RewardScorer, merge_batches
 from rl.config import EvalSection
 from rl.distributed import derive_seed, gather_objects, rank, world_size
 from rl.train.evaluation_stats import majority_accuracy, pass_at_k_interval, wilson_interval
-from rl.train.experience import TextOf, sample_and_score
+from rl.train.experience import TextOf, sample_and_submit
 from rl.types import Problem, RolloutEngine, RolloutRequest, SamplingParams
 
 # Reward functions that say whether an answer is right, in order of preference, for recipes that do not name one.
@@ -41,6 +42,11 @@ class Evaluation:
     metrics: dict[str, float]
     greedy: list[list[Answer]]
     sampled: list[list[Answer]]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict an answer, for the samples file."""
+        kinds = (("greedy", self.greedy), ("sampled", self.sampled))
+        return [{"kind": kind, **asdict(a)} for kind, found in kinds for answers in found for a in answers]
 
 
 def rightness_function(names: Sequence[str], wanted: str | None) -> str:
@@ -97,9 +103,10 @@ class Evaluator:
             )
             for i in mine
         ]
-        groups, scored = sample_and_score(
+        groups, pending = sample_and_submit(
             requests, engine=self.engine, params=params, scorer=self.scorer, decode=self.decode
         )
+        scored = merge_batches([future.result() for future in pending])
         answers: list[tuple[int, list[Answer]]] = []
         row = 0
         for i, group in zip(mine, groups, strict=True):

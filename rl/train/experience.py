@@ -6,8 +6,9 @@ group by group in the background while the engine goes on sampling. What crosses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,40 @@ class Experience:
     rewards: torch.Tensor
     advantages: torch.Tensor
 
+    @property
+    def scored_names(self) -> list[str]:
+        """The reward functions."""
+        return list(self.scored.by_function)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict a row, for the log: what was asked, answered, scored, and why."""
+        return [
+            {
+                "index": record.index,
+                "problem_id": record.problem_id,
+                "prompt": record.prompt,
+                "completion": record.text,
+                "tokens": record.tokens,
+                "truncated": record.truncated,
+                "reward": record.reward,
+                "advantage": float(advantage),
+                **{f"rewards/{name}": value for name, value in record.scores.items()},
+                "explanations": record.explanations,
+            }
+            for record, advantage in zip(self.records, self.advantages.flatten(), strict=True)
+        ]
+
+    def sample_text(self, step: int) -> str:
+        """The best and the worst completion of the first group, to look at."""
+        group = self.records[: self.rewards.shape[1]]
+        scored = [record for record in group if record.reward is not None] or group
+        best, worst = (pick(scored, key=lambda record: record.reward or 0.0) for pick in (max, min))
+        lines = [f"--- step {step}: {best.prompt.strip()[-300:]}"]
+        for record in (best,) if best is worst else (best, worst):
+            scores = ", ".join(f"{name} {value}" for name, value in record.scores.items())
+            lines.append(f"    [{scores}; {record.tokens} tokens] {record.text.strip()[:600]}")
+        return "\n".join(lines)
+
     def rows(self, *, mask_truncated: bool, replay_routes: bool) -> list[Row]:
         """This rank's rows for training. mask_truncated: completions that were cut off get no loss."""
         per_group = self.rewards.shape[1]
@@ -77,8 +112,11 @@ def collect(
     scorer: RewardScorer,
     decode: TextOf,
     scale_rewards: ScaleRewards,
+    clock: Callable[[str], AbstractContextManager[None]],
 ) -> Experience:
-    """Sample and score all `problems` of the step (the same list on every rank; each rank does its own)."""
+    """Sample and score all `problems` of the step (the same list on every rank; each rank does its own).
+
+    clock: times the stages "rollout" (sampling, with the scoring that overlaps it) and "reward" (what had to be waited for)."""
     positions = list(range(rank(), len(problems), world_size()))
     requests = [
         RolloutRequest(
@@ -87,8 +125,11 @@ def collect(
         )
         for b in positions
     ]
-    groups, scored = sample_and_score(requests, engine=engine, params=params, scorer=scorer, decode=decode)
-    records, scored = _share(groups, positions, scored, decode)
+    with clock("rollout"):
+        groups, pending = sample_and_submit(requests, engine=engine, params=params, scorer=scorer, decode=decode)
+    with clock("reward"):
+        scored = merge_batches([future.result() for future in pending])
+        records, scored = _share(groups, positions, scored, decode)
     rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in records]).view(-1, num_generations)
     return Experience(groups, positions, records, scored, rewards, group_advantages(rewards, scale=scale_rewards))
 
@@ -107,15 +148,15 @@ class TextOf:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def sample_and_score(
+def sample_and_submit(
     requests: Sequence[RolloutRequest],
     *,
     engine: RolloutEngine,
     params: SamplingParams,
     scorer: RewardScorer,
     decode: TextOf,
-) -> tuple[list[RolloutGroup], ScoredBatch]:
-    """This rank's groups and their scores, rows in the order of the requests."""
+) -> tuple[list[RolloutGroup], list[Future[ScoredBatch]]]:
+    """This rank's groups and their scores to come, in the order of the requests. A group is scored as soon as it is complete."""
     pending: dict[int, Future[ScoredBatch]] = {}
 
     def score_group(index: int, group: RolloutGroup) -> None:
@@ -129,7 +170,7 @@ def sample_and_score(
         )
 
     groups = engine.generate(requests, params, on_group=score_group)
-    return groups, merge_batches([pending[i].result() for i in range(len(requests))])
+    return groups, [pending[i] for i in range(len(requests))]
 
 
 def _share(

@@ -1,0 +1,141 @@
+"""What a run keeps: checkpoints to resume from, and the final policy.
+
+A checkpoint holds the learner (weights, optimizer, reference), the router biases, and a small JSON state. No random state:
+every draw is derived from the seed and the step (rl.distributed.derive_seed), and data order is a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from rl.distributed import barrier, gather_objects, is_main_process, world_size
+from rl.policy.hf import save_any
+from rl.train.checkpoint import CheckpointStore, load_json, load_tensors, save_json, save_tensors
+from rl.train.learner import Learner, StepResult
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient was not finite and the recipe says to stop. The weights are those before the step."""
+
+
+class Keeper:
+    """Checkpoints of one run, written and read by all ranks together.
+
+    elapsed_s: training seconds before this process started. extra: what the trainer stored beside the step."""
+
+    def __init__(self, folder: Path, learner: Learner, *, keep: int | None) -> None:
+        self.learner = learner
+        self.elapsed_s = 0.0
+        self.extra: dict[str, Any] = {}
+        self.store = CheckpointStore(
+            folder / "checkpoints", keep=keep, is_writer=is_main_process(), agree=lambda mine: all(gather_objects(mine))
+        )
+
+    def restore(self, *, resume: bool) -> int:
+        """The step to go on with: 0, or that of the newest whole checkpoint when `resume`.
+
+        Without `resume`, checkpoints of an earlier run in the folder are an error (ValueError), never overwritten."""
+        if not resume:
+            if self.store.steps():
+                raise ValueError(
+                    f"{self.store.folder} holds checkpoints of an earlier run (steps {self.store.steps()}): add --resume to "
+                    "continue it, or choose another output_dir or name"
+                )
+            return 0
+        found = self.store.latest_valid() if is_main_process() else None
+        [found] = _from_rank_zero([found])
+        if found is None:
+            if is_main_process():
+                print(f"[aha] nothing to resume in {self.store.folder}; starting at step 0", flush=True)
+            return 0
+        if is_main_process():
+            for reason in found.skipped:
+                print(f"[aha] skipped a damaged checkpoint: {reason}", file=sys.stderr, flush=True)
+            self.store.discard_after(found.step)
+        barrier()
+        state = load_json(found.path / "trainer.json")
+        self._check_same_launch(state, found.path)
+        self.learner.load_state(str(found.path))
+        _load_buffers(self.learner, load_tensors(found.path / "buffers.safetensors"))
+        self.elapsed_s = float(state["elapsed_s"])
+        self.extra = dict(state["extra"])
+        if is_main_process():
+            print(f"[aha] resumed from {found.path}", flush=True)
+        return int(found.step)
+
+    def save_if_due(self, step: int, every: int, *, total: int, elapsed_s: float, extra: dict[str, Any] | None = None) -> None:
+        """Write the checkpoint of `step` (steps done) when the recipe says so; always after the last."""
+        if (every and step % every == 0) or step == total:
+            self.save(step, elapsed_s=elapsed_s, extra=extra)
+
+    def save(self, step: int, *, elapsed_s: float, extra: dict[str, Any] | None = None) -> None:
+        with self.store.writing(step) as folder:
+            self.learner.save_state(str(folder))
+            if is_main_process():
+                save_tensors(folder / "buffers.safetensors", _buffers(self.learner))
+                state = {
+                    "step": step,
+                    "elapsed_s": elapsed_s,
+                    "world_size": world_size(),
+                    "zero_stage": self.learner.stage,
+                    "extra": extra or {},
+                }
+                save_json(folder / "trainer.json", state)
+
+    def check_finite(self, result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
+        """Stop the run, or say that the step was skipped, when loss or gradient were not finite."""
+        if not result.skipped and math.isfinite(result.loss):
+            return
+        message = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were not changed"
+        if on_nonfinite == "stop":
+            raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
+        if is_main_process():
+            print(f"[aha] {message}; skipped", file=sys.stderr, flush=True)
+
+    def _check_same_launch(self, state: dict[str, Any], path: Path) -> None:
+        for key, now in (("world_size", world_size()), ("zero_stage", self.learner.stage)):
+            if state[key] != now:
+                raise ValueError(f"{path} was written with {key} = {state[key]}, this launch has {now}; resume with the same")
+
+
+def save_final_policy(
+    learner: Learner, folder: Path, tokenizer: PreTrainedTokenizerBase, *, summary: dict[str, Any] | None = None
+) -> None:
+    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all. `summary` goes beside the folder."""
+    temporary = folder.with_name(folder.name + ".writing")
+    with learner.gathered() as policy:
+        if is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_any(policy, temporary, tokenizer=tokenizer)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            if summary is not None:
+                (folder.parent / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    barrier()
+
+
+def _buffers(learner: Learner) -> dict[str, torch.Tensor]:
+    """Persistent buffers (the routers' selection biases), which ZeRO's own files do not all keep."""
+    persistent = learner.policy.state_dict().keys()
+    return {name: b.detach().cpu().clone() for name, b in learner.policy.named_buffers() if name in persistent}
+
+
+def _load_buffers(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
+    buffers = dict(learner.policy.named_buffers())
+    for name, value in saved.items():
+        buffers[name].copy_(value)
+
+
+def _from_rank_zero(objects: list[Any]) -> list[Any]:
+    if world_size() > 1:
+        dist.broadcast_object_list(objects, src=0)
+    return objects

@@ -1,0 +1,45 @@
+"""The metrics of one GRPO step, under TRL's names where the meaning is TRL's; new ones are `stage/quantity` with the unit in the name.
+
+All numbers are over all ranks: experience records are shared, update sums are reduced.
+"""
+
+from __future__ import annotations
+
+from rl.grpo.advantages import reward_metrics
+from rl.train.evaluate import rightness_function
+from rl.train.experience import Experience
+from rl.train.update import UpdateResult
+
+
+def step_metrics(
+    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float
+) -> dict[str, float]:
+    """seconds: by stage ("rollout", "reward", "update", "rest"); epoch: passes over the training problems so far."""
+    lengths = [record.tokens for record in experience.records]
+    ended = [record.tokens for record in experience.records if not record.truncated]
+    total_s = sum(seconds.values())
+    metrics = {
+        **reward_metrics(experience.rewards),
+        **experience.scored.metrics,
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+        "completions/mean_terminated_length": sum(ended) / len(ended) if ended else 0.0,
+        "num_tokens": float(sum(lengths)),
+        "epoch": epoch,
+        **result.metrics,
+        **{f"time/{stage}_s": value for stage, value in seconds.items()},
+        "time/step_s": total_s,
+        "rollout/tokens_per_s": sum(lengths) / max(seconds["rollout"], 1e-9),
+        "train/tokens_per_s": sum(lengths) / max(total_s, 1e-9),
+    }
+    right = rightness_function(experience.scored_names, None)
+    values = [value for value in experience.scored.by_function[right] if value is not None]
+    if values:
+        metrics["accuracy"] = sum(value >= 1.0 for value in values) / len(values)
+    if result.expert_load is not None:
+        load = result.expert_load.double()
+        # 1: every expert of every layer got the same number of tokens
+        metrics["routing/max_load_over_mean"] = float((load.amax(1) / load.mean(1)).mean())
+    return metrics

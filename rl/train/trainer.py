@@ -1,0 +1,192 @@
+"""GRPO: one step is one straight line, sample -> score -> advantages -> update -> report.
+
+    problems = order(step)                                   which problems, a pure function of the step
+    experience = collect(problems)                           rl.rollout samples, rewards score, rl.grpo compares
+    result = update.run(experience)                          rl.train.update: the loss; rl.train.learner: the optimizer step
+    metrics
+
+Every stage is timed; nothing here branches on an algorithm variant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewards.scorer import RewardScorer
+from rl.config import Recipe
+from rl.data import ProblemOrder, load_train_and_eval
+from rl.distributed import is_main_process
+from rl.policy.model import moe_leaf_classes
+from rl.train.balance import update_router_biases
+from rl.train.evaluate import Evaluation, Evaluator
+from rl.train.experience import Experience, collect
+from rl.train.keeping import Keeper, save_final_policy
+from rl.train.learner import Learner
+from rl.train.metrics import MetricsLogger, Progress
+from rl.train.report import write_run_report
+from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
+from rl.train.step_metrics import step_metrics
+from rl.train.update import GRPOUpdate
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds of each named stage of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+
+
+class GRPOTrainer:
+    """Trains the policy of a recipe with GRPO; the same object on every rank."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        scorer = make_scorer(recipe)
+        start_from = starting_point(recipe, recipe.run_folder)
+        session = open_session(recipe)
+        train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
+        self._assemble(recipe, session, scorer, start_from)
+        self.train_set = train
+        rollout = recipe.rollout
+        self.order = ProblemOrder(len(train), recipe.seed, rollout.prompts_per_step, shuffle=recipe.data.shuffle)
+        self.evaluator = None
+        if held_out is not None:
+            problems = [held_out[i] for i in range(min(len(held_out), recipe.eval.num_problems or len(held_out)))]
+            self.evaluator = Evaluator(
+                recipe.eval,
+                problems,
+                engine=self.engine,
+                scorer=scorer,
+                decode=session.decode,
+                params=self.params,
+                seed=recipe.seed,
+            )
+
+    def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
+        self.recipe, self.session, self.scorer = recipe, session, scorer
+        policy = make_policy(
+            recipe.model, session.tokenizer, seed=recipe.seed, device=session.accelerator.device, start_from=start_from
+        )
+        self.learner = Learner(
+            policy,
+            recipe.optimizer,
+            accelerator=session.accelerator,
+            total_steps=recipe.optimizer_steps,
+            with_reference=recipe.grpo.beta > 0,
+            zero3_leaf_classes=moe_leaf_classes(policy),
+        )
+        self.params = session.sampling_params()
+        self.engine = session.make_engine(policy)
+        self.update = GRPOUpdate(
+            self.learner,
+            recipe.grpo,
+            micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
+            temperature=recipe.rollout.temperature,
+            max_completion_length=recipe.rollout.max_completion_length,
+        )
+        self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
+        self.start_from = start_from
+
+    def train(self, *, resume: bool = False) -> None:
+        """All steps of the recipe, from the newest checkpoint if `resume`."""
+        recipe = self.recipe
+        start = self.keeper.restore(resume=resume)
+        began = time.monotonic() - self.keeper.elapsed_s
+        first: dict[str, float] | None = self.keeper.extra.get("first_evaluation")
+        with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=start) as log:
+            if start == 0 and recipe.eval.eval_on_start:
+                first = self._evaluate(0, log)
+            progress = Progress("GRPO", total=recipe.grpo.steps, initial=start, disable=not is_main_process())
+            for step in range(start, recipe.grpo.steps):
+                metrics, experience = self.step(step)
+                self._report(step, metrics, experience, log, progress)
+                done = step + 1
+                if recipe.eval.eval_steps and done % recipe.eval.eval_steps == 0 and done < recipe.grpo.steps:
+                    self._evaluate(done, log)
+                self.keeper.save_if_due(
+                    done,
+                    recipe.checkpoint.save_steps,
+                    total=recipe.grpo.steps,
+                    elapsed_s=time.monotonic() - began,
+                    extra={"first_evaluation": first},
+                )
+            progress.close()
+            last = self._evaluate(recipe.grpo.steps, log)
+        seconds = time.monotonic() - began
+        if recipe.checkpoint.save_final_policy:
+            save_final_policy(self.learner, self.session.folder / POLICY_FOLDER, self.session.tokenizer)
+        if is_main_process():
+            write_run_report(self.session.folder, recipe, first=first, last=last, train_seconds=seconds)
+        self.scorer.close()
+
+    def step(self, step: int) -> tuple[dict[str, float], Experience]:
+        """GRPO step number `step` (0-based): its metrics (the same on every rank) and what was sampled."""
+        recipe, clock = self.recipe, StageClock()
+        problems = [self.train_set[i] for i in self.order.indices(step)]
+        with self.learner.gathered():
+            experience = collect(
+                problems,
+                engine=self.engine,
+                params=self.params,
+                num_generations=recipe.rollout.num_generations,
+                seed=recipe.seed,
+                step=step,
+                scorer=self.scorer,
+                decode=self.session.decode,
+                scale_rewards=recipe.grpo.scale_rewards,
+                clock=clock,
+            )
+        with clock("update"):
+            result = self.update.run(experience, step=step, replay_routes=self._replays_routes(experience))
+        for update in result.steps:
+            self.keeper.check_finite(update, step=step, on_nonfinite=recipe.optimizer.on_nonfinite)
+        with clock("rest"):
+            if recipe.model.router_bias_update_rate and result.expert_load is not None:
+                update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
+            if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
+                assert self.learner.reference is not None
+                self.learner.reference.refresh()
+        metrics = step_metrics(experience, result, clock.seconds, epoch=self.order.epoch(step + 1))
+        return metrics, experience
+
+    def _replays_routes(self, experience: Experience) -> bool:
+        recorded = all(group.prompt_routes is not None for group in experience.groups)
+        wanted = self.recipe.grpo.routing_replay
+        if wanted is True and not recorded:
+            raise ValueError("grpo.routing_replay: true, but this policy has no experts to record; allowed: auto, false")
+        return recorded and wanted is not False
+
+    def _report(
+        self, step: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress
+    ) -> None:
+        logging, done = self.recipe.logging, step + 1
+        if done % logging.logging_steps == 0 or done == self.recipe.grpo.steps:
+            log.log(done, metrics)
+            if logging.log_completions:
+                log.log_completions(done, experience.table())
+        progress.update(
+            reward=metrics["reward"],
+            accuracy=metrics.get("accuracy"),
+            length=metrics["completions/mean_length"],
+            tokens_per_s=metrics["rollout/tokens_per_s"],
+        )
+        if logging.print_samples_every and done % logging.print_samples_every == 0:
+            progress.write(experience.sample_text(done))
+
+    def _evaluate(self, step: int, log: MetricsLogger) -> dict[str, float] | None:
+        if self.evaluator is None:
+            return None
+        began = time.monotonic()
+        with self.learner.gathered():
+            evaluation: Evaluation = self.evaluator.run()
+        log.log_evaluation(step, {**evaluation.metrics, "time/eval_s": time.monotonic() - began}, evaluation.table())
+        return evaluation.metrics

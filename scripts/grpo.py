@@ -1,0 +1,22 @@
+"""Train a policy with GRPO.
+
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml scripts/grpo.py --config recipes/NAME.yaml
+        [--resume] [--section.key value ...]
+
+Any key of the recipe can be set on the command line, for example `--rollout.temperature 0.8`.
+"""
+
+from __future__ import annotations
+
+from rl.train.launch import run_command
+
+
+def main() -> None:
+    recipe, resume = run_command(__doc__ or "")
+    from rl.train.trainer import GRPOTrainer  # after the recipe is known to be good: this loads torch and friends
+
+    GRPOTrainer(recipe).train(resume=resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole R1 pipeline on this machine: set up, cold start, GRPO, and what came out. Arguments override recipe keys:
+#
+#   bash scripts/quickstart.sh --seed 1 --grpo.steps 60
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
+recipe=recipes/quickstart.yaml
+launch=(accelerate launch --config_file recipes/accelerate_configs/cpu.yaml)
+echo "[quickstart] 1/2 cold start: imitate traces, most of which guess"
+"${launch[@]}" scripts/sft.py --config "$recipe" "$@"
+echo "[quickstart] 2/2 GRPO: find out that reasoning to the end pays"
+"${launch[@]}" scripts/grpo.py --config "$recipe" "$@"
