@@ -121,7 +121,7 @@ def _score_format(text: str) -> Score:
     return Score(0.0, fault, rule="format") if fault else Score(1.0, "well formed", rule="format")
 
 
-def format(  # noqa: A001 - the name under which the reward is registered
+def format_reward(
     prompts: Sequence[object],
     completions: Sequence[Completion],
     completion_ids: Sequence[object] | None = None,
@@ -132,13 +132,13 @@ def format(  # noqa: A001 - the name under which the reward is registered
 
     Range: {0, 1}. Source: DeepSeek-R1 section 2.2.2; stricter than open-r1's `format` (see the file's docstring).
 
-    >>> [score.value for score in format([], ["<think>a</think><answer>b</answer>", "<answer>b</answer>"])]
+    >>> [score.value for score in format_reward([], ["<think>a</think><answer>b</answer>", "<answer>b</answer>"])]
     [1.0, 0.0]
     """
     return [_score_format(completion_text(completion)) for completion in completions]
 
 
-def format_prefilled(
+def format_prefilled_reward(
     prompts: Sequence[object],
     completions: Sequence[Completion],
     completion_ids: Sequence[object] | None = None,
@@ -148,7 +148,7 @@ def format_prefilled(
 
     Range: {0, 1}.
 
-    >>> [score.value for score in format_prefilled([], ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"])]
+    >>> [score.value for score in format_prefilled_reward([], ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"])]
     [1.0, 0.0]
     """
     return [_score_format(THINK_OPEN + completion_text(completion)) for completion in completions]
@@ -172,7 +172,7 @@ def _count_tags(text: str) -> Score:
     return Score(0.25 * len(counted), f"counted {' '.join(counted) or 'none'}", rule="tag_count")
 
 
-def tag_count(
+def tag_count_reward(
     prompts: Sequence[object],
     completions: Sequence[Completion],
     completion_ids: Sequence[object] | None = None,
@@ -186,7 +186,7 @@ def tag_count(
     Range: {0, 0.25, 0.5, 0.75, 1}. `prefilled`: the prompt already ends with `<think>`. Source: open-r1's
     `tag_count_reward`; departure: order and emptiness matter, so bare tags earn 0.5 at most.
 
-    >>> [score.value for score in tag_count([], ["<think>a</think>b", "</think><think>", "<think></think>"])]
+    >>> [score.value for score in tag_count_reward([], ["<think>a</think>b", "</think><think>", "<think></think>"])]
     [0.5, 0.25, 0.25]
     """
     texts = (completion_text(completion) for completion in completions)

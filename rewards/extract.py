@@ -1,0 +1,356 @@
+"""Where in a completion is its final answer?
+
+In: text. Out: an `Extraction`: the answer as text, and the name of the place it was taken from. Two takes:
+
+- `free_answer`: a completion without tags, as benchmarks see it. The last stated answer counts: boxes, `final answer is`,
+  `the answer is`, `####`, `A:`, else the last sentence.
+- `block_answer`: the content of an <answer> block, as training sees it. Everything in it counts: two different answers, or a
+  number beside the stated answer, are no answer (`ambiguous`).
+
+Every scan is linear in the length of the text; what is long or nested is cut by the callers' limits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rewards.latex_text import strip_edges
+from rewards.math_parse import MathSyntaxError, Node, parse_math
+from rewards.number_words import NUMBER_WORDS, number_from_words
+from rewards.tag_format import answer_block
+
+MAX_ANSWER_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """answer: the text of the final answer, None when there is none. how: the place, or the reason why there is none."""
+
+    answer: str | None
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    start: int
+    end: int
+    content: str
+
+
+_END_OF_TEXT = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|eom_id)\|>|</s>")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BARE = re.compile(r"[^\s${}\\]+")
+_MARKER = re.compile(
+    r"####"
+    r"|^[ \t]*\**A\**:"
+    r"|\b(?:final\s+|correct\s+|right\s+)?(?:answer|solution)s?\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
+    r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=|(?=\s*(?:\$|\\\(|\\\[)))"
+    r"|答案\s*(?:是|为|：|:|应该是)?"
+    r"|\br[ée]ponse\s+(?:finale\s+)?(?:est|:)|\brespuesta\s+(?:final\s+)?(?:es|:)|\bAntwort\s+(?:ist|lautet|:)"
+    r"|\brisposta\s+(?:finale\s+)?(?:è|:)|\bresposta\s+(?:final\s+)?(?:é|:)|\bответ\s*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
+_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z\d_#.,])(?:(?<=[^\d\s)\]}])-|(?<=\s)-(?=\S)|\A-)?[$€£¥]?\s?"
+    r"(?:\\[dt]?frac\s?\{[^{}]{1,60}\}\s?\{[^{}]{1,60}\}|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
+    r"(?:\s?\\?%)?"
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_RESULT = re.compile(r"(?:=|≈|\\approx)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n")
+# Between two boxes that state one answer together: punctuation, delimiters, a few words and a joining mark.
+_FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\].\s]")
+_JOINING = re.compile(r"\A(?:[A-Za-z]{1,20} ){0,2}(?:(?:,|;|and|or|、|和|或|et|y|und) ?)*\Z", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)|[:：]\s*|=\s*", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|not|isn't|neither|could be|might be)\b|或|不是", re.IGNORECASE)
+_CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last `</think>`; '' when thinking never ends; the whole text when there are no think tags."""
+    _, closed, rest = text.rpartition("</think>")
+    if closed:
+        return "" if "<think>" in rest else rest
+    return "" if "<think>" in text else text
+
+
+def free_answer(text: str) -> Extraction:
+    """The last stated answer of a completion without tags.
+
+    >>> free_answer("So 6 * 7 = 42. The answer is 42 apples.").answer
+    '42 apples'
+    >>> free_answer(r"Hence $x = \\boxed{5}$.")
+    Extraction(answer='5', how='boxed')
+    """
+    block = answer_block(text) if "<answer>" in text else None
+    if block is not None and block.content is not None:
+        return free_answer(block.content)
+    text = after_thinking(text)
+    cut = _END_OF_TEXT.search(text)
+    if cut is not None and text[: cut.start()].strip():
+        text = text[: cut.start()]
+    text = text.strip()
+    if not text:
+        return Extraction(None, "no text after thinking")
+    boxes = find_boxes(text)
+    marked = _last_marked(text, after=boxes[-1].end if boxes else -1)
+    if boxes and (marked is None or marked.answer is None):
+        return Extraction(", ".join(_last_cluster(text, boxes)), "boxed")
+    if marked is not None and marked.answer is not None:
+        return marked
+    return _last_sentence(text)
+
+
+def block_answer(content: str) -> Extraction:
+    """The answer of an <answer> block; everything in the block counts.
+
+    >>> block_answer("The answer is 42.").answer
+    '42'
+    >>> block_answer(r"\\boxed{41} or \\boxed{42}").answer
+    '41, 42'
+    """
+    if len(content) > 20 * MAX_ANSWER_CHARS:
+        return Extraction(None, "the answer block is too long")
+    boxes = find_boxes(content)
+    if boxes:
+        outside = "".join(content[a:b] for a, b in _gaps(content, boxes))
+        if _HEDGE.search(re.sub(r"\\text\s*\{\s*or\s*\}|\bor\b", "", outside) if len(boxes) > 1 else outside):
+            return Extraction(None, "ambiguous: hedging beside the box")
+        return Extraction(", ".join(dict.fromkeys(box.content for box in boxes)), "boxed")
+    if len(content) <= MAX_ANSWER_CHARS and is_direct(content):
+        return Extraction(content, "answer block")
+    marks = list(_MARKER.finditer(content))[:50]
+    if marks:
+        answers = dict.fromkeys(
+            answer for mark in marks if (answer := _phrase(_marked_text(content, mark.end()), strict=True)) is not None
+        )
+        if len(answers) > 1 or _HEDGE.search(content[: marks[0].start()]):
+            return Extraction(None, "ambiguous: several answers")
+        if answers:
+            return Extraction(next(iter(answers)), "marked in the answer block")
+    answer = _phrase(content, strict=True) if len(content) <= MAX_ANSWER_CHARS else None
+    return Extraction(answer, "answer block" if answer is not None else "ambiguous: several numbers and none marked")
+
+
+def _gaps(text: str, spans: list[Span]) -> list[tuple[int, int]]:
+    edges = [0, *(edge for span in spans for edge in (span.start, span.end)), len(text)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+# Boxes
+
+
+def find_boxes(text: str) -> list[Span]:
+    """Outermost `\\boxed{...}` of `text` in order, brackets matched in one pass; unclosed boxes are left out."""
+    starts = list(_BOX.finditer(text))
+    if not starts:
+        return []
+    closing = _matching_braces(text)
+    boxes: list[Span] = []
+    for match in starts:
+        if boxes and match.start() < boxes[-1].end:
+            continue
+        if match.end() < len(text) and text[match.end()] == "{":
+            end = closing.get(match.end())
+            if end is not None:
+                boxes.append(Span(match.start(), end + 1, _innermost_box(text[match.end() + 1 : end])))
+        elif (bare := _BARE.match(text, match.end())) is not None:
+            boxes.append(Span(match.start(), bare.end(), bare.group()))
+    return [box for box in boxes if box.content.strip()]
+
+
+def _innermost_box(content: str) -> str:
+    """`\\boxed{\\boxed{5}}` says 5: drop boxes that fill the whole content."""
+    depth = re.match(r"(?:\\boxed\s*\{)*", content)
+    levels = depth.group().count("{") if depth else 0
+    if levels and content.endswith("}" * levels):
+        return content[depth.end() : len(content) - levels] if depth else content
+    return content
+
+
+def _matching_braces(text: str) -> dict[int, int]:
+    stack: list[int] = []
+    closing: dict[int, int] = {}
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match.group() == "{":
+            stack.append(match.start())
+        elif match.group() == "}" and stack:
+            closing[stack.pop()] = match.start()
+    return closing
+
+
+def _last_cluster(text: str, boxes: list[Span]) -> list[str]:
+    """The last box and those joined to it by nothing but commas, `and`, `or`: together they are one answer."""
+    cluster = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        between = text[box.end : cluster[0].start]
+        if len(between) > 60 or "\n\n" in between or not _joins(between):
+            break
+        cluster.insert(0, box)
+    return list(dict.fromkeys(box.content for box in cluster))
+
+
+def _joins(between: str) -> bool:
+    words = _FILLER.sub(lambda match: f" {match.group(1) or ''} ", between).replace(",", " , ").split()
+    return _JOINING.match(" ".join(words) + (" " if words else "")) is not None
+
+
+# Marked answers
+
+
+def _last_marked(text: str, *, after: int) -> Extraction | None:
+    """The last `the answer is X` that begins behind position `after`, with a usable X."""
+    marks = [match for match in _MARKER.finditer(text) if match.start() >= after]
+    for match in reversed(marks[-8:]):
+        phrase = _marked_text(text, match.end())
+        if not phrase or (after >= 0 and not _has_value(phrase)):
+            continue
+        answer = _phrase(phrase, strict=False)
+        if answer is not None:
+            return Extraction(answer, match.group().strip(" \t\n*").lower() or "answer")
+    return None
+
+
+def _has_value(phrase: str) -> bool:
+    return bool(re.search(r"[\d$\\]", phrase)) or len(phrase.split()) <= 3
+
+
+def _marked_text(text: str, position: int) -> str:
+    """What follows a marker, up to the end of the sentence; display math as a whole."""
+    while position < len(text) and text[position] in " \t\n*:：":
+        position += 1
+    rest = text[position : position + MAX_ANSWER_CHARS]
+    display = re.match(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", rest, re.DOTALL)
+    if display is not None:
+        return (display.group(1) or display.group(2)).strip()
+    end = _SENTENCE_END.search(rest)
+    return rest[: end.start()].strip() if end is not None else rest.strip()
+
+
+def is_direct(text: str) -> bool:
+    """True when `text` is mathematics as a whole, with at most a few unit words behind it."""
+    try:
+        return _is_mathematics(parse_math(text))
+    except (MathSyntaxError, ValueError):
+        return False
+
+
+def _is_mathematics(node: Node) -> bool:
+    if node.kind == "text":
+        return False
+    if node.kind == "unit":
+        words = node.text.split()
+        return len(words) <= 6 and not any(word[0].isdigit() for word in words) and node.args[0].kind != "symbol" and _is_mathematics(node.args[0])
+    if node.kind == "relation":
+        named = node.args[0].kind in ("text", "unit", "mul")
+        return all(_is_mathematics(arg) for arg in (node.args[1:] if named else node.args))
+    return all(_is_mathematics(arg) for arg in node.args)
+
+
+def _phrase(phrase: str, *, strict: bool) -> str | None:
+    """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its only number, or words."""
+    phrase = strip_edges(phrase)
+    if not phrase or is_direct(phrase):
+        return phrase or None
+    spelled = number_from_words(phrase)
+    if spelled is not None:
+        return str(spelled)
+    segments = [Span(m.start(), m.end(), next(filter(None, m.groups()))) for m in _MATH.finditer(phrase)]
+    pieces = _CONNECTIVE.split(phrase)
+    if segments and not strict and not (is_direct(pieces[-1]) and phrase.endswith(pieces[-1]) and "$" not in pieces[-1]):
+        return ", ".join(_last_cluster(phrase, segments))
+    if len(pieces) > 1 and not (strict and _HEDGE.search(phrase)):
+        right = strip_edges(pieces[-1])
+        if right and is_direct(right) and not (strict and _numbers(" ".join(pieces[:-1]), right)):
+            return right
+    numbers = _numbers(phrase, "")
+    if len(numbers) == 1:
+        return None if strict and _HEDGE.search(phrase) else numbers[0]
+    if len(numbers) > 1:
+        return None if strict else numbers[-1]
+    return ", ".join(dict.fromkeys(span.content for span in segments)) if segments else phrase
+
+
+def _numbers(text: str, but: str) -> list[str]:
+    """Distinct numbers in running text, without `but`."""
+    found = [match.group().strip() for match in _NUMBER.finditer(text)]
+    return [number for number in dict.fromkeys(found) if number != but]
+
+
+# The last sentence
+
+
+def _last_sentence(text: str) -> Extraction:
+    """No box and no marker: the number or formula of the last sentence that has one."""
+    if len(text) <= MAX_ANSWER_CHARS and is_direct(text):
+        return Extraction(text, "whole text")
+    result = _last_result(text)
+    prose = _CODE.sub(" ", text[-20 * MAX_ANSWER_CHARS :])
+    prose = re.sub(r"```(?:output)?", "\n", prose)
+    displays = list(_MATH.finditer(prose))
+    sentences = [piece for piece in _SENTENCES.split(prose) if piece and piece.strip()]
+    tail = prose.rstrip(" .\n")
+    if displays and displays[-1].end() >= len(tail):
+        content = next(filter(None, displays[-1].groups()))
+        return Extraction(_right_side(content), "last formula")
+    for sentence in reversed(sentences[-4:]):
+        answer = _sentence_answer(sentence.strip(), result)
+        if answer is not None:
+            return Extraction(answer, "last sentence")
+    if len(text.split()) <= 6:
+        return Extraction(text, "whole text")
+    return Extraction(None, "no final answer found")
+
+
+def _right_side(formula: str) -> str:
+    """The formula as a whole when it can be compared so, else what stands behind its last `=`."""
+    formula = formula.strip()
+    return formula if is_direct(formula) else formula.rpartition("=")[2].strip()
+
+
+def _last_result(text: str) -> str | None:
+    """The result of the last calculation (`= 42`) or of the last program output."""
+    last: str | None = None
+    for match in _RESULT.finditer(text):
+        last = match.group(1) or match.group(2)
+    return last
+
+
+def _sentence_answer(sentence: str, result: str | None) -> str | None:
+    if len(sentence) > MAX_ANSWER_CHARS:
+        return None
+    bold = re.findall(r"\*\*([^*\n]{1,80})\*\*", sentence)
+    if bold and (numbers := _numbers(bold[-1], "")):
+        return numbers[-1]
+    segments = [Span(m.start(), m.end(), next(filter(None, m.groups()))) for m in _MATH.finditer(sentence)]
+    if segments:
+        cluster = _last_cluster(sentence, segments)
+        behind = sentence[segments[-1].end :].strip()
+        unit = re.match(r"(?:[A-Za-z]+\s?){1,3}(?=\.?\Z)|\\?%", behind)
+        return _right_side(", ".join(cluster)) + (f" {unit.group()}" if unit and len(cluster) == 1 else "")
+    if "=" in sentence:
+        right = sentence.rpartition("=")[2]
+        if numbers := _numbers(right, ""):
+            return numbers[0]
+    spelled = [str(value) for m in NUMBER_WORDS.finditer(sentence) if (value := number_from_words(m.group())) is not None]
+    numbers = _numbers(sentence, "")
+    for number in (*numbers, *spelled):
+        if result is not None and _same_digits(number, result):
+            return number
+    outright = [number for number in numbers if not _is_aside(sentence, number)]
+    return (outright or numbers or spelled or [None])[-1]
+
+
+def _same_digits(left: str, right: str) -> bool:
+    a, b = (re.sub(r"[^\d./-]", "", value).rstrip(".") for value in (left, right))
+    return a == b or (("." in a) != ("." in b) and a.removesuffix(".0") == b.removesuffix(".0")) or a.rstrip("0").rstrip(".") == b.rstrip("0").rstrip(".") != ""
+
+
+def _is_aside(sentence: str, number: str) -> bool:
+    """A time of day, a date or an ordinal, not an amount."""
+    escaped = re.escape(number)
+    return bool(
+        re.search(rf"{escaped}\s?(?:a\.?m|p\.?m|o'clock)\b|\b(?:by|at|in|on|number|No\.)\s{escaped}(?!\s*(?:[A-Za-z]+\s+)?(?:\.|\Z))|#\s?{escaped}", sentence)
+    )

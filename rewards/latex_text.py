@@ -1,0 +1,148 @@
+"""One spelling for mathematical text: Unicode signs, LaTeX layout and thousands separators in, plain LaTeX out.
+
+`clean_math(text)` is the first step of every comparison. It only rewrites notation; it never changes a value, and what it
+does not know it leaves alone for the parser to refuse. All steps are linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+
+class HostileText(ValueError):
+    """The answer holds characters that make the text differ from what a reader sees (direction overrides, zero-width
+    characters or control characters between the visible ones); it is never right."""
+
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_VULGAR = {char: unicodedata.normalize("NFKC", char).split("⁄") for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_SIGNS = str.maketrans(
+    {
+        **{char: chr(ord(char) - 0xFEE0) for char in map(chr, range(0xFF01, 0xFF5F))},
+        **{char: rf"\frac{{{top}}}{{{bottom}}}" for char, (top, bottom) in _VULGAR.items()},
+        **dict.fromkeys("−–—﹣‐‑", "-"),
+        **dict.fromkeys("×✕⨯", r"\times "),
+        **dict.fromkeys("·⋅∙•", r"\cdot "),
+        **dict.fromkeys("   　", " "),
+        **dict.fromkeys("“”„«»", '"'),
+        **dict.fromkeys("‘’‛", "'"),
+        **dict.fromkeys("′", "'"),
+        **dict.fromkeys("∣｜", "|"),
+        "÷": "/", "∕": "/", "⁄": "/", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "º": r"^{\circ}",
+        "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+        "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R}",
+        "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∖": r"\setminus ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
+        "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "…": r"\ldots ", "⋯": r"\ldots ", "‰": r"\permille ",
+        "、": ",", "。": ".",
+    }
+)  # fmt: skip
+_MONEY = "$€£¥₹₽₩฿₫₺₪￥￡"
+_CURRENCY = re.compile(rf"(?:\\\$|(?:US|USD|EUR|Rs\.?|INR|A)\s?\$?(?=\s?\d)|[{re.escape(_MONEY[1:])}])")
+_SPACING = re.compile(r"(?<!\\)\\(?:quad|qquad|,|;|:|>| |enspace|thinspace|hfill|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})|~|\\phantom\{[^{}]*\}")
+_LAYOUT = re.compile(
+    r"\\(?:left|right|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|"
+    r"nonumber|notag|centering|large|Large|huge|Huge|normalsize|small)(?![a-zA-Z])\.?"
+)
+_RENAMED = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge",
+    "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots",
+    "dotsb": "ldots", "dotsm": "ldots", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "|", "rvert": "|",
+    "vert": "|", "mid": "|", "backslash": "setminus", "smallsetminus": "setminus", "land": "wedge", "lor": "vee",
+    "colon": ":", "to": "rightarrow", "implies": "Rightarrow", "iff": "Leftrightarrow", "lbrack": "[", "rbrack": "]",
+    "degree": "circ", "degrees": "circ", "varphi": "phi", "vartheta": "theta", "varepsilon": "epsilon", "imath": "i",
+    "jmath": "j", "ast": "cdot", "over": "over", "div": "/", "lparen": "(", "rparen": ")", "cosec": "csc", "tg": "tan", "ctg": "cot",
+    "arctg": "arctan", "dollar": "$",
+}  # fmt: skip
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_ESCAPED_SYMBOLS = {"<", ">", "|", ":", "[", "]", "(", ")", "/", "i", "j", "$"}
+_WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathit|mathcal|mathsf|mathtt|ensuremath|textcolor\{[a-z]+\}|color\{[a-z]+\})\s*(?=\{)")
+_THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
+_THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
+_THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
+_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
+_EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
+# `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
+_DOUBLED = re.compile(r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|cdot|times|infty|left|right|pm|cup|circ|in|le|ge|boxed|begin|end)(?![a-zA-Z]))")
+_MATH_DELIMITERS = re.compile(r"(?<!\\)\$+|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]")
+
+
+def check_visible(text: str) -> str:
+    """`text` without invisible characters at its ends. HostileText when control or format characters stand inside.
+
+    >>> check_visible(chr(0x200B) + "42")
+    '42'
+    """
+    stripped = text.strip().strip("\u200b\u2060\ufeff").strip()
+    for char in stripped:
+        if char > "~" or char < " ":
+            category = unicodedata.category(char)
+            if category in ("Cf", "Cs", "Co", "Cn") or (category == "Cc" and char not in "\t\n\r"):
+                raise HostileText(f"character U+{ord(char):04X} inside the answer")
+    return stripped
+
+
+def _rename(match: re.Match[str]) -> str:
+    new = _RENAMED.get(match.group(1))
+    if new is None:
+        return match.group()
+    if new in "{}":
+        return "\\" + new
+    return new if new in _ESCAPED_SYMBOLS else "\\" + new
+
+
+def strip_math_delimiters(text: str) -> str:
+    """`text` without dollar signs that open or close math, and without \\( \\) \\[ \\]; escaped dollars stay."""
+    return _MATH_DELIMITERS.sub(" ", text)
+
+
+def strip_edges(text: str) -> str:
+    """`text` without paired quotes or math delimiters around the whole and without punctuation at the end."""
+    before = None
+    while before != text:
+        before = text
+        text = text.strip().rstrip(".,;:").rstrip()
+        for opening, closing in _EDGE_PAIRS:
+            if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
+                text = text[len(opening) : len(text) - len(closing)].strip()
+    return text
+
+
+def clean_math(text: str) -> str:
+    """Mathematical text in one spelling, ready for the parser.
+
+    >>> clean_math(r"$\\left( \\dfrac{1}{2},\\, 1{,}000 \\right)$")
+    '( \\\\frac{1}{2}, 1000 )'
+    """
+    text = check_visible(text).translate(_SIGNS)
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
+    text = text.replace("\\\\%", "\\%").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
+    text = _THOUSANDS_LATEX.sub("", _DOUBLED.sub(r"\\", text))
+    text = strip_math_delimiters(_CURRENCY.sub(" ", _BOLD.sub(r"\1", text)))
+    text = _WRAPPERS.sub("", text)
+    text = _SPACING.sub(" ", text.replace("\\!", ""))
+    text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", text))
+    text = strip_edges(text)
+    text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
+    return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def plain_words(text: str) -> str:
+    """`text` as lower-case words for comparing answers that are words: without LaTeX text commands, articles and
+    punctuation.
+
+    >>> plain_words(r"\\text{The Ellipse}.")
+    'ellipse'
+    """
+    text = check_visible(text).translate(_SIGNS)
+    text = strip_math_delimiters(text)
+    text = re.sub(r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname|emph|boxed|hbox)\s*(?=\{)", "", text)
+    text = _SPACING.sub(" ", text).replace("{", "").replace("}", "").casefold()
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
+    text = re.sub(r"(?<=\d)\s+(?=[ap]m\b)", "", text)
+    text = re.sub(r"[\s\"'`*.,;:!?]*\Z|\A[\s\"'`*.,;:!?]*", "", text)
+    return " ".join(word for word in re.split(r"\s+", text) if word not in ("the", "a", "an"))

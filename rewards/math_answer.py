@@ -1,0 +1,125 @@
+"""`accuracy`: does the completion's answer equal the reference?
+
+In: completions and a column of reference answers. Out: one `Score` each, 1.0 or 0.0, with the extracted answer, the reference as
+understood and the rule that decided; None where the row has no reference.
+
+Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2 "accuracy rewards". Departures from math-verify, which open-r1 and TRL use:
+the answer is read from the answer block only, everything that can be settled by the exact rules of `math_compare` is
+settled in this process within microseconds, and sympy runs only for the rest, in workers that are killed at their limit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.base import Completion, Score, completion_text
+from rewards.extract import Extraction, block_answer, free_answer
+from rewards.math_compare import Match, compare_texts
+from rewards.pool import shared_pool
+from rewards.symbolic import FUNCTION, TIME_LIMIT_S, worth_trying
+from rewards.tag_format import answer_block
+
+MAX_ANSWER_CHARS = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One pair to judge: the reference and the extraction from the completion."""
+
+    gold: str
+    found: Extraction
+
+
+def reference_answer(value: object) -> str | None:
+    """The reference as text: the value itself, or for a GSM8K solution what stands behind its last `####`. None for a
+    missing reference.
+
+    >>> reference_answer("6 * 7 = <<6*7=42>>42\\n#### 42"), reference_answer(0.5), reference_answer(None)
+    ('42', '0.5', None)
+    """
+    if value is None or isinstance(value, (dict, list, tuple, bool)):
+        return None
+    text = str(value)
+    _, marker, last = text.rpartition("####")
+    text = (last if marker else text).strip()
+    return text or None
+
+
+@functools.lru_cache(maxsize=65536)
+def judge_pair(gold: str, answer: str) -> Match:
+    """`compare_texts` with a memory, since a group often repeats one answer."""
+    return compare_texts(gold, answer)
+
+
+def judge_cases(cases: Sequence[Case]) -> list[Score]:
+    """Scores of many cases; those that the exact rules cannot settle go to the symbolic verifier in one batch."""
+    scores: list[Score] = []
+    open_cases: list[tuple[int, str, str]] = []
+    for case in cases:
+        score, undecided = _judge(case)
+        if undecided and case.found.answer is not None:
+            open_cases.append((len(scores), case.gold, case.found.answer))
+        scores.append(score)
+    if open_cases:
+        outcomes = shared_pool().map(FUNCTION, [(gold, answer) for _, gold, answer in open_cases], time_limit_s=TIME_LIMIT_S)
+        for (index, gold, answer), outcome in zip(open_cases, outcomes, strict=True):
+            if outcome.status == "ok":
+                equal = outcome.value is True
+                scores[index] = Score(float(equal), "equal" if equal else "different", answer, gold, "math-verify")
+            else:
+                scores[index] = Score(0.0, f"math-verify: {outcome.status}", answer, gold, f"math-verify {outcome.status}")
+    return scores
+
+
+def _judge(case: Case) -> tuple[Score, bool]:
+    gold, answer = case.gold, case.found.answer
+    if answer is None:
+        return Score(0.0, case.found.how, None, gold, "no answer"), False
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Score(0.0, f"answer of {len(answer)} characters", answer[:200], gold, "too long"), False
+    match = judge_pair(gold, answer)
+    undecided = not match.equal and not match.decided and worth_trying(answer) and worth_trying(gold)
+    verdict = "equals the reference" if match.equal else "does not equal the reference"
+    return Score(float(match.equal), f"{verdict} ({case.found.how})", answer, gold, match.rule), undecided
+
+
+def tagged_answer(text: str) -> Extraction:
+    """What the one answer block of a completion states."""
+    block = answer_block(text)
+    return block_answer(block.content) if block.content is not None else Extraction(None, block.reason)
+
+
+def accuracy_reward(
+    prompts: Sequence[object],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[object] | None = None,
+    *,
+    gold_column: str = "answer",
+    tagged: bool = True,
+    **columns: Sequence[object],
+) -> list[Score]:
+    """1.0 when the stated answer equals the reference in column `gold_column`, else 0.0; None when the row has none.
+
+    Range: {0, 1}. `tagged`: the answer must stand in exactly one well-formed <answer> block outside of thinking; else the last
+    answer stated after thinking counts. GSM8K solutions (`... #### 42`) are understood as references.
+    Source: DeepSeek-R1, section 2.2.2. ValueError when the column is missing or has another length.
+
+    >>> accuracy_reward([], ["<think>6 * 7</think><answer>42.0</answer>"], answer=["... #### 42"])[0].value
+    1.0
+    """
+    golds = columns.get(gold_column)
+    if golds is None or len(golds) != len(completions):
+        found = f"{len(golds)} values" if golds is not None else f"only the columns {sorted(columns) or 'none'}"
+        raise ValueError(f"accuracy: column {gold_column!r} with {len(completions)} values is needed, found {found}")
+    references = [reference_answer(gold) for gold in golds]
+    take = tagged_answer if tagged else free_answer
+    cases = [
+        Case(reference, take(completion_text(completion)))
+        for reference, completion in zip(references, completions, strict=True)
+        if reference is not None
+    ]
+    judged = iter(judge_cases(cases))
+    missing = Score(None, "the row has no reference answer", rule="no reference")
+    return [missing if reference is None else next(judged) for reference in references]

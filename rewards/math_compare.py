@@ -1,0 +1,537 @@
+"""Do two answers say the same? Structural comparison of answer trees, reference first.
+
+In: two texts or two trees. Out: a `Match` with the name of the rule that decided. The rules, in order:
+
+    same text       the same after cleaning                  `\\dfrac12` and `\\frac{1}{2}`, `\\text{East}` and `east`
+    number          equal rationals                          0.5 and 1/2, 1{,}000 and 1000, 65\\% and 65
+    decimal         a decimal that agrees to 10 digits       0.0833333333333 and 1/12
+    expression      equal at every sample point              (r+5)^2 and (r+5)(r+5)
+    equation        sides differ by a constant factor        x+y=1 and 2x+2y=2; a labelled value equals its value
+    real set        the same set of real numbers             x \\ge 5 and [5, \\infty)
+    tuple, list, set, matrix, ratio, base                    item by item; lists and sets without order
+
+What an answer may leave out (a unit, the name of the unknown, brackets of a list) and what it may not (a missing solution,
+an open end, a factor of 100, another unit) is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+from rewards.latex_text import HostileText, clean_math, plain_words
+from rewards.math_eval import (
+    TooLarge,
+    Undefined,
+    based_value,
+    canonical,
+    context,
+    evaluate,
+    exact_value,
+    free_symbols,
+    nearly,
+    sample_points,
+)
+from rewards.math_parse import MathSyntaxError, Node, parse_math
+from rewards.real_sets import real_set, same_set
+from rewards.units import units_conflict
+
+DECIMAL_TOLERANCE = Fraction(1, 10**10)
+CHAIN_TOLERANCE = Fraction(1, 50)
+MAX_ITEMS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """equal: the answer states the reference. decided: False when neither side could be settled here (try the symbolic
+    verifier). rule: what decided."""
+
+    equal: bool
+    rule: str
+    decided: bool = True
+
+
+def compare_texts(gold: str, answer: str) -> Match:
+    """Compare two answer strings.
+
+    >>> compare_texts(r"\\frac{1}{2}", "0.5")
+    Match(equal=True, rule='number', decided=True)
+    >>> compare_texts("42", "41 or 42").equal
+    False
+    """
+    try:
+        if clean_math(gold) == clean_math(answer):
+            return Match(True, "same text")
+        words = plain_words(gold)
+        if words and words == plain_words(answer):
+            return Match(True, "same words")
+    except HostileText as error:
+        return Match(False, str(error))
+    try:
+        gold_tree = parse_math(gold)
+    except MathSyntaxError:
+        return Match(False, "words differ", decided=not _looks_mathematical(gold))
+    try:
+        answer_tree = parse_math(answer)
+    except MathSyntaxError:
+        return Match(False, "answer is no expression", decided=not _looks_mathematical(answer))
+    return compare_trees(gold_tree, answer_tree)
+
+
+def _looks_mathematical(text: str) -> bool:
+    return bool(re.search(r"\\(?!text|mbox)[a-zA-Z]|[=^<>]", text)) and len(text) < 1000
+
+
+def compare_trees(gold: Node, answer: Node) -> Match:
+    """Compare two parsed answers. An expression that is too large to evaluate is equal only to the same expression."""
+    if canonical(gold) == canonical(answer):
+        return Match(True, "same expression")
+    try:
+        rule = _same(gold, answer)
+    except TooLarge as error:
+        return Match(False, str(error))
+    if rule:
+        return Match(True, rule)
+    return Match(False, "different", decided=not (_has_opaque(gold) or _has_opaque(answer)))
+
+
+def _has_opaque(node: Node) -> bool:
+    if node.kind == "opaque" and node.text in ("int", "lim", "sum", "prod", "prime"):
+        return True
+    return any(_has_opaque(arg) for arg in node.args)
+
+
+def _same(gold: Node, answer: Node) -> str | None:
+    """The rule by which `answer` says what `gold` says, or None."""
+    gold_unit, gold = _split_unit(gold)
+    answer_unit, answer = _split_unit(answer)
+    if units_conflict(gold_unit, answer_unit):
+        return None
+    gold, answer = _expand_signs(gold), _expand_signs(answer)
+    for rule in (_same_relation, _same_text, _same_ratio, _same_base, _same_matrix, _same_collection):
+        verdict = rule(gold, answer)
+        if verdict is not None:
+            return verdict or None
+    return _same_value(gold, answer)
+
+
+def _split_unit(node: Node) -> tuple[str, Node]:
+    if node.kind == "unit":
+        inner_unit, inner = _split_unit(node.args[0])
+        return f"{inner_unit} {node.text}".strip(), inner
+    if node.kind == "degree":
+        return "degree", node.args[0]
+    if node.kind == "list" and node.text in (",", "{") and len(node.args) > 1 and all(arg.kind == "text" for arg in node.args[1:]):
+        return _split_unit(node.args[0])
+    if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
+        unit, last = _split_unit(node.args[-1])
+        return unit, Node("relation", (*node.args[:-1], last), node.text)
+    return "", node
+
+
+# Signs: a \pm b stands for two values.
+
+
+def _expand_signs(node: Node) -> Node:
+    """`1 \\pm \\sqrt 5` becomes a list of two; inside of a list or set the items are expanded in place."""
+    if not _has_sign(node):
+        return node
+    if node.kind in ("list", "set", "group"):
+        items: list[Node] = []
+        for arg in node.args:
+            expanded = _expand_signs(arg)
+            items.extend(expanded.args if expanded.kind == "list" and _has_sign(arg) else (expanded,))
+        return Node(node.kind, tuple(items), node.text)
+    if node.kind == "relation" and node.text == "=" and not _has_sign(node.args[0]):
+        left, right = node.args[0], _expand_signs(node.args[1])
+        return Node("list", tuple(Node("relation", (left, arg), "=") for arg in right.args), "or")
+    return Node("list", (_choose_sign(node, plus=True), _choose_sign(node, plus=False)), "or")
+
+
+def _has_sign(node: Node) -> bool:
+    return node.kind == "pm" or any(_has_sign(arg) for arg in node.args)
+
+
+def _choose_sign(node: Node, *, plus: bool) -> Node:
+    args = tuple(_choose_sign(arg, plus=plus) for arg in node.args)
+    if node.kind == "pm":
+        return args[0] if (node.text == "pm") == plus else Node("neg", args)
+    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
+
+
+# Each rule below returns a rule name (equal), "" (different) or None (does not apply).
+
+
+def _same_text(gold: Node, answer: Node) -> str | None:
+    if gold.kind == "symbol" and answer.kind == "symbol":
+        return "same letter" if gold.text == answer.text or _choice_letter(gold) == _choice_letter(answer) != "" else ""
+    if gold.kind == "symbol" and answer.kind == "unit" and _choice_letter(gold):
+        return ""
+    if "text" in (gold.kind, answer.kind):
+        return "same words" if gold.kind == answer.kind and gold.text.casefold() == answer.text.casefold() else ""
+    if gold.kind == "dots" or answer.kind == "dots":
+        return "dots" if gold.kind == answer.kind else ""
+    if gold.kind == "number_set" and answer.kind == "number_set":
+        return "number set" if gold.text == answer.text else ""
+    return None
+
+
+def _choice_letter(node: Node) -> str:
+    return node.text.upper() if len(node.text) == 1 and node.text.upper() in "ABCDEFGHJ" else ""
+
+
+def _same_ratio(gold: Node, answer: Node) -> str | None:
+    if gold.kind != "ratio" and answer.kind != "ratio":
+        return None
+    if gold.kind != answer.kind:
+        ratio, other = (gold, answer) if gold.kind == "ratio" else (answer, gold)
+        if other.kind not in ("div", "number", "unit") or len(_ratio_terms(ratio)) != 2:
+            return ""
+        quotient = Node("div", ratio.args)
+        return "ratio" if _same_value(quotient, other) == "number" else ""
+    left, right = _ratio_terms(gold), _ratio_terms(answer)
+    if len(left) != len(right):
+        return ""
+    if all(a.text == b.text and a.kind == b.kind == "number" for a, b in zip(left, right, strict=True)):
+        return "ratio"
+    if any(exact_value(term) == 0 for term in (*left, *right)):
+        return ""
+    products = ((Node("mul", (a, right[0])), Node("mul", (b, left[0]))) for a, b in zip(left, right, strict=True))
+    return "ratio" if all(_same_value(a, b) for a, b in products) else ""
+
+
+def _ratio_terms(node: Node) -> list[Node]:
+    return [*_ratio_terms(node.args[0]), *_ratio_terms(node.args[1])] if node.kind == "ratio" else [node]
+
+
+def _same_base(gold: Node, answer: Node) -> str | None:
+    """`1101_4`: the same digits with or without the base written, or the same value when both name a base."""
+    if gold.kind != "based" and answer.kind != "based":
+        return None
+    left, right = based_value(gold) if gold.kind == "based" else None, based_value(answer) if answer.kind == "based" else None
+    if gold.kind == answer.kind:
+        return "base" if left is not None and left == right else ""
+    based, other = (gold, answer) if gold.kind == "based" else (answer, gold)
+    return "base" if other.kind == "number" and other.text == based.text.partition("_")[0] else ""
+
+
+def _same_matrix(gold: Node, answer: Node) -> str | None:
+    left, right = _matrix(gold), _matrix(answer)
+    if left is None and right is None:
+        return None
+    if left is None or right is None:
+        return _same_vector(left or right, answer if right is None else gold)
+    if len(left) != len(right) or len(left[0]) != len(right[0]):
+        return ""
+    entries = ((a, b) for above, below in zip(left, right, strict=True) for a, b in zip(above, below, strict=True))
+    return "matrix" if all(_same(a, b) for a, b in entries) else ""
+
+
+def _same_vector(matrix: list[list[Node]] | None, other: Node) -> str:
+    """A matrix of one row or one column may be written as a tuple."""
+    if matrix is None or other.kind not in ("tuple", "list") or (other.kind == "tuple" and other.text not in ("()", "[]")):
+        return ""
+    entries = [entry for row in matrix for entry in row]
+    if 1 not in (len(matrix), len(matrix[0])) or len(entries) != len(other.args):
+        return ""
+    return "vector" if all(_same(a, b) for a, b in zip(entries, other.args, strict=True)) else ""
+
+
+def _matrix(node: Node) -> list[list[Node]] | None:
+    """Entries of a matrix, or of a sum, product or multiple of matrices up to 8 x 8; None for anything else."""
+    if node.kind == "matrix":
+        return [list(row.args) for row in node.args]
+    if node.kind == "neg" and (inner := _matrix(node.args[0])) is not None:
+        return [[Node("neg", (entry,)) for entry in row] for row in inner]
+    if node.kind not in ("add", "mul"):
+        return None
+    result: list[list[Node]] | None = None
+    scalars: list[Node] = []
+    for arg in node.args:
+        matrix = _matrix(arg)
+        if matrix is None:
+            if node.kind == "add":
+                return None
+            scalars.append(arg)
+        else:
+            result = matrix if result is None else _combine(result, matrix, node.kind)
+            if result is None:
+                return None
+    if result is None or not scalars:
+        return result
+    return [[Node("mul", (*scalars, entry)) for entry in row] for row in result]
+
+
+def _combine(left: list[list[Node]], right: list[list[Node]], kind: str) -> list[list[Node]] | None:
+    if max(len(left), len(left[0]), len(right), len(right[0])) > 8:
+        return None
+    if kind == "add":
+        if (len(left), len(left[0])) != (len(right), len(right[0])):
+            return None
+        return [[Node("add", pair) for pair in zip(a, b, strict=True)] for a, b in zip(left, right, strict=True)]
+    if len(left[0]) != len(right):
+        return None
+    columns = list(zip(*right, strict=True))
+    return [
+        [Node("add", tuple(Node("mul", pair) for pair in zip(row, column, strict=True))) for column in columns]
+        for row in left
+    ]
+
+
+# Relations
+
+
+def _same_relation(gold: Node, answer: Node) -> str | None:
+    if gold.kind != "relation" and answer.kind != "relation":
+        return None
+    if gold.kind != "relation":
+        return _value_of_relation(gold, answer)
+    if answer.kind != "relation":
+        return _relation_against_value(gold, answer)
+    gold_label, answer_label = _label(gold), _label(answer)
+    if gold_label and answer_label:
+        if gold_label == answer_label:
+            return _same(gold.args[-1], answer.args[-1]) or ""
+    elif gold.text == answer.text == "in":
+        return _same(gold.args[1], answer.args[1]) if canonical(gold.args[0]) == canonical(answer.args[0]) else ""
+    if gold.text == answer.text and all(_same(a, b) for a, b in zip(gold.args, answer.args, strict=True)):
+        return "relation"
+    return _proportional(gold, answer) or _as_real_sets(gold, answer) or ""
+
+
+def _value_of_relation(gold: Node, answer: Node) -> str:
+    """The answer is a relation, the reference is not: `x = 5` for 5, `35 + 70 = 105` for 105, `x >= 5` for an interval."""
+    signs = set(answer.text.split())
+    if signs <= {"=", "~"}:
+        if not _chain_holds(answer):
+            return ""
+        if not _label(answer) and exact_value(answer.args[-1]) == 0 and free_symbols(answer):
+            return ""
+        return _same(gold, answer.args[-1]) or ""
+    if signs == {"in"}:
+        return _same(gold, answer.args[1]) or ""
+    return _as_real_sets(gold, answer) or ""
+
+
+def _relation_against_value(gold: Node, answer: Node) -> str:
+    """The reference is a relation, the answer is not: 5 for `x = 5`, 2x + 3 for `y = 2x + 3`, but not 0 for `x - 3z = 0`."""
+    signs = set(gold.text.split())
+    if signs == {"="}:
+        return (_same(gold.args[-1], answer) or "") if _label(gold) else ""
+    if signs == {"in"}:
+        return _same(gold.args[1], answer) or ""
+    return _as_real_sets(gold, answer) or ""
+
+
+def _chain_holds(relation: Node) -> bool:
+    """False when neighbouring numbers of a chain of equations differ: `41 = 42` states two answers. Rounding in a
+    calculation (`100 / 3 = 33.3`) is allowed."""
+    for left, right in pairwise(relation.args):
+        a, b = exact_value(left), exact_value(right)
+        if a is not None and b is not None and abs(a - b) > CHAIN_TOLERANCE * max(abs(a), abs(b)):
+            return False
+    return True
+
+
+def _label(relation: Node) -> str:
+    """The name of what an equation defines (`x`, `f(x)`, `(p,q,r)`, `AB`, `V_1:V_2`), or ''."""
+    if relation.kind != "relation" or set(relation.text.split()) - {"="} or not _is_name(relation.args[0]):
+        return ""
+    return canonical(relation.args[0])
+
+
+def _is_name(node: Node) -> bool:
+    if node.kind in ("symbol", "text"):
+        return node.text not in ("i", "e")
+    if node.kind == "opaque":
+        return True
+    return node.kind in ("mul", "div", "tuple", "ratio", "abs", "unit", "list") and all(_is_name(arg) for arg in node.args)
+
+
+def _proportional(gold: Node, answer: Node) -> str:
+    """Both relations have two sides whose differences agree up to a constant factor (positive for inequalities that point
+    the same way, negative for those that point the other way)."""
+    flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+    if len(gold.args) != 2 or len(answer.args) != 2 or gold.text not in flipped:
+        return ""
+    if any(arg.kind in ("tuple", "set", "list", "matrix") for arg in (*gold.args, *answer.args)):
+        return ""
+    allowed_signs = set()
+    if answer.text == gold.text:
+        allowed_signs.add(1)
+    if answer.text == flipped[gold.text]:
+        allowed_signs.add(-1)
+    names = free_symbols(gold) | free_symbols(answer)
+    if not allowed_signs or not names:
+        return ""
+    ratios: list[Any] = []
+    for point in sample_points(names):
+        try:
+            left, right = _difference(gold, point), _difference(answer, point)
+        except Undefined:
+            continue
+        if left == 0 or right == 0:
+            return ""
+        ratios.append(right / left)
+    if len(ratios) < 3 or context().im(ratios[0]) or not all(nearly(ratio, ratios[0]) for ratio in ratios):
+        return ""
+    return "equation" if (1 if ratios[0] > 0 else -1) in allowed_signs else ""
+
+
+def _difference(relation: Node, point: dict[str, Any]) -> Any:
+    return evaluate(relation.args[0], point) - evaluate(relation.args[1], point)
+
+
+def _as_real_sets(gold: Node, answer: Node) -> str:
+    names = {name for node in (gold, answer) for name in free_symbols(node) if node.kind in ("relation", "list")}
+    if len(names) > 1:
+        return ""
+    left = real_set(gold)
+    right = real_set(answer) if left is not None else None
+    return "real set" if left is not None and right is not None and same_set(left, right) else ""
+
+
+# Tuples, intervals, lists, sets
+
+_COLLECTIONS = ("tuple", "set", "list", "group", "union", "intersection", "difference", "number_set")
+
+
+def _same_collection(gold: Node, answer: Node) -> str | None:
+    if gold.kind not in _COLLECTIONS and answer.kind not in _COLLECTIONS:
+        return None
+    if max(len(gold.args), len(answer.args)) > MAX_ITEMS:
+        return ""
+    if gold.kind not in _COLLECTIONS:
+        single = answer.kind in ("set", "list") and len(answer.args) == 1
+        return (_same(gold, answer.args[0]) or "") if single else _decimal_comma(gold, answer)
+    if answer.kind not in _COLLECTIONS:
+        single = gold.kind in ("set", "list") and len(gold.args) == 1
+        return (_same(gold.args[0], answer) or "") if single else ""
+    return _same_items(gold, answer) or _as_real_sets(gold, answer) or ""
+
+
+def _decimal_comma(gold: Node, answer: Node) -> str:
+    """`3,5` for 3.5: a comma between two bare numbers may be a decimal comma, when the reference is one number."""
+    parts = answer.args if answer.kind == "list" and answer.text == "," else ()
+    if len(parts) != 2 or parts[1].kind != "number" or parts[1].decimal:
+        return ""
+    head = parts[0].args[0] if parts[0].kind == "neg" else parts[0]
+    expected = exact_value(gold)
+    if head.kind != "number" or head.decimal or expected is None or len(parts[1].text) == 3:
+        return ""
+    value = Fraction(f"{head.text}.{parts[1].text}")
+    return "decimal comma" if expected == (-value if parts[0].kind == "neg" else value) else ""
+
+
+def _same_items(gold: Node, answer: Node) -> str:
+    kinds = (gold.kind, answer.kind)
+    if "tuple" in kinds:
+        if kinds == ("tuple", "tuple"):
+            return "tuple" if gold.text == answer.text and _pairwise_same(gold.args, answer.args) else ""
+        bracketed, other = (gold, answer) if gold.kind == "tuple" else (answer, gold)
+        ordered = other.kind in ("list", "group") and other.text != "or" and bracketed.text == "()"
+        return "tuple" if ordered and _pairwise_same(gold.args, answer.args) else ""
+    if not set(kinds) <= {"set", "list", "group"}:
+        return ""
+    gold_items, answer_items = _unnamed(gold.args, answer.args), _unnamed(answer.args, gold.args)
+    if any(item.kind == "dots" for item in (*gold_items, *answer_items)) or _ordered_by_names(gold_items, answer_items):
+        return "list" if _pairwise_same(gold_items, answer_items) else ""
+    return "set" if _matched(gold_items, answer_items) and _matched(answer_items, gold_items, swapped=True) else ""
+
+
+def _pairwise_same(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    return len(gold) == len(answer) and all(_same(a, b) for a, b in zip(gold, answer, strict=True))
+
+
+def _matched(items: tuple[Node, ...], others: tuple[Node, ...], *, swapped: bool = False) -> bool:
+    """Every item has an equal one among the others."""
+    return all(any(_same(b, a) if swapped else _same(a, b) for b in others) for a in items)
+
+
+def _unnamed(items: tuple[Node, ...], others: tuple[Node, ...]) -> tuple[Node, ...]:
+    """`a = 4, -8, -10` is a list of three values of a: drop a name that only the first item carries."""
+    if len(items) > 1 and _label(items[0]) and not any(_label(item) for item in items[1:]):
+        return (items[0].args[-1], *items[1:])
+    return items
+
+
+def _ordered_by_names(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    """One side names its values differently (`AB = 4, CD = 5`) and the other names none: then the order counts. Roots
+    numbered x_1, x_2 have no order."""
+    for named, other in ((gold, answer), (answer, gold)):
+        labels = {_label(item) for item in named}
+        if "" in labels or len(labels) < 2 or any(_label(item) for item in other):
+            continue
+        if all(re.fullmatch(r"symbol:[xyzt]_\d", label) for label in labels):
+            continue
+        return True
+    return False
+
+
+# Numbers and expressions
+
+
+def _same_value(gold: Node, answer: Node) -> str | None:
+    left, right = exact_value(gold), exact_value(answer)
+    if left is not None and right is not None:
+        return _same_number(gold, answer, left, right)
+    names = free_symbols(gold) | free_symbols(answer)
+    if not names:
+        return _same_constant(gold, answer)
+    agreed = 0
+    for index, point in enumerate(sample_points(names)):
+        try:
+            a, b = evaluate(gold, point), evaluate(answer, point)
+        except Undefined:
+            continue
+        real = not context().im(a) and not context().im(b)
+        if nearly(a, b):
+            agreed += 1
+        elif index < 3 or real:
+            return None
+    return "expression" if agreed >= 2 else None
+
+
+def _same_number(gold: Node, answer: Node, left: Fraction, right: Fraction) -> str | None:
+    if left == right:
+        return "number"
+    if "percent" in (gold.kind, answer.kind):
+        bare_left, bare_right = _without_percent(gold), _without_percent(answer)
+        if bare_left == bare_right:
+            return "percent"
+    if (_has_decimal(answer) or _is_binary_float(right)) and abs(left - right) <= DECIMAL_TOLERANCE * abs(left):
+        return "decimal"
+    return None
+
+
+def _is_binary_float(value: Fraction) -> bool:
+    """A fraction over a large power of two is a floating-point number printed as a fraction."""
+    bottom = value.denominator
+    return bottom >= 2**30 and bottom & (bottom - 1) == 0
+
+
+def _without_percent(node: Node) -> Fraction | None:
+    return exact_value(node.args[0] if node.kind == "percent" else node)
+
+
+def _same_constant(gold: Node, answer: Node) -> str | None:
+    try:
+        a, b = evaluate(gold, {}), evaluate(answer, {})
+    except Undefined:
+        return None
+    if nearly(a, b):
+        return "expression"
+    if "percent" in (gold.kind, answer.kind) and _same_value(_bare_percent(gold), _bare_percent(answer)):
+        return "percent" if gold.kind != answer.kind else None
+    return "decimal" if _has_decimal(answer) and nearly(a, b, DECIMAL_TOLERANCE) else None
+
+
+def _bare_percent(node: Node) -> Node:
+    return node.args[0] if node.kind == "percent" else node
+
+
+def _has_decimal(node: Node) -> bool:
+    return node.decimal or any(_has_decimal(arg) for arg in node.args)

@@ -1,0 +1,46 @@
+"""English number words: `three`, `forty-two`, `one hundred and five`, `two thousand` to whole numbers below a million."""
+
+from __future__ import annotations
+
+import re
+
+_SMALL = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen".split()
+    )
+}
+_TENS = {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+_ANY = "|".join([*_SMALL, *_TENS, "hundred", "thousand"])
+NUMBER_WORDS = re.compile(rf"\\b(?:{_ANY})(?:(?:\\s+and\\s+|[\\s-]+)(?:{_ANY}))*\\b".replace("\\\\", "\\"), re.IGNORECASE)
+
+
+def number_from_words(text: str) -> int | None:
+    """The number that `text` spells, or None when it is not a spelled number as a whole.
+
+    >>> number_from_words("forty-two"), number_from_words("One hundred and five"), number_from_words("two apples")
+    (42, 105, None)
+    """
+    words = [word for word in re.split(r"[\s-]+", text.strip().lower()) if word != "and"]
+    if not words or len(words) > 12:
+        return None
+    total, current, last = 0, 0, 1000
+    for word in words:
+        if word == "hundred":
+            if not 0 < current < 10:
+                return None
+            current, last = current * 100, 100
+        elif word == "thousand":
+            if not current or total:
+                return None
+            total, current, last = current * 1000, 0, 1000
+        elif word in _SMALL or word in _TENS:
+            value = _SMALL.get(word, _TENS.get(word, 0))
+            step = 10 if word in _TENS else 1
+            if current and (step >= last or (value >= 10 and last == 10)):
+                return None
+            current, last = current + value, step
+        else:
+            return None
+    return total + current
