@@ -1,1 +1,2 @@
-"""Sampling groups of completions from the policy that is being trained: the engine protocol is `rl.types.RolloutEngine`."""
+"""Sampling groups of completions from the policy that is being trained: the engine protocol is
+`rl.types.RolloutEngine`."""

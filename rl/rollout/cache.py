@@ -3,9 +3,10 @@
     own     (L, slots, T_own, C+R)          what a row has sampled so far; row r of the batch lives in slot r
     prompt  (L, prompt_slots, T_prompt, C+R)  one slot per group in flight, shared by its rows
 
-A cache row is the normalised latent followed by the rotated key, its RoPE pairs adjacent (the policy's forward returns them
-in halves; `store_prompts` reorders). Memory is taken when a rollout starts and released after it. `plan_cache` fits slots
-into a budget of bytes: a small one makes prompts wait; one in which not even a single row fits is a user error.
+A cache row is the normalised latent followed by the rotated key. The policy's forward returns the key's RoPE pairs in
+halves; the torch decoder wants partners adjacent (one complex product turns them), so `store_prompts` can reorder
+columns. Memory is taken when a rollout starts and released after it. `plan_cache` fits slots into a budget of bytes:
+a small one makes prompts wait; one in which not even a single row fits is a user error.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Prompts are padded to a multiple of this, so that a row's own tokens meet the same vector lanes of the softmax whatever
-# the longest prompt beside it (bit-equal sums), and kernels get aligned rows.
+# Prompts are padded to a multiple of this, so that a row's own tokens meet the same vector lanes of the softmax
+# whatever the longest prompt beside it (bit-equal sums), and kernels get aligned rows.
 LENGTH_MULTIPLE = 32
 _FREE_SHARE = 0.6  # of the free memory, when the recipe names no budget: prefill and logits need the rest
 
@@ -47,8 +48,8 @@ def plan_cache(
     """The largest cache for at most `rows` rows of `requests` groups of up to `group` rows within `budget` bytes.
 
     token_bytes: cache bytes per token over all layers. row_bytes, prompt_bytes: what else a row (outputs, routes) or a
-    prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups that
-    linger on a last row. ValueError names rollout.cache_bytes when not even `min_slots` rows fit.
+    prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups
+    that linger on a last row. ValueError names rollout.cache_bytes when not even `min_slots` rows fit.
     """
     prompt_tokens = -(-prompt_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     per_slot = own_tokens * token_bytes + row_bytes
@@ -64,7 +65,8 @@ def plan_cache(
         least = min_slots * per_slot + per_prompt
         if least > budget:
             raise ValueError(
-                f"rollout.cache_bytes = {budget}: one row of {prompt_tokens} prompt and {own_tokens} new tokens needs {least}"
+                f"rollout.cache_bytes = {budget}: must be at least {least}, what one row of "
+                f"{prompt_tokens} prompt and {own_tokens} new tokens takes"
             )
         affordable = (budget - min_slots * per_slot) // per_prompt
         return CacheShape(min_slots, min(requests, affordable, prompts_for(min_slots)), own_tokens, prompt_tokens)
@@ -97,11 +99,14 @@ class LatentCache:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.own, self.prompt))
 
-    def store_prompts(self, latents: list[torch.Tensor], places: torch.Tensor, column_order: torch.Tensor) -> None:
-        """latents: per layer (T, C+R) as the policy's forward returns them; places (T,): slot * prompt_tokens + position;
-        column_order (C+R,): where each stored column stands in the policy's row."""
+    def store_prompts(
+        self, latents: list[torch.Tensor], places: torch.Tensor, column_order: torch.Tensor | None
+    ) -> None:
+        """latents: per layer (T, C+R) as the policy's forward returns them; places (T,): slot * prompt_tokens +
+        position; column_order (C+R,): where each stored column stands in the policy's row, if it differs."""
         for layer, latent in zip(self.prompt, latents, strict=True):
-            layer.view(-1, layer.shape[-1]).index_copy_(0, places, latent.index_select(1, column_order).to(layer.dtype))
+            rows = latent if column_order is None else latent.index_select(1, column_order)
+            layer.view(-1, layer.shape[-1]).index_copy_(0, places, rows.to(layer.dtype))
 
     def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Copy the first `length` tokens of rows `source` to rows `target` (disjoint)."""

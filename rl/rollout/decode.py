@@ -1,14 +1,13 @@
 """One decode step: every row's last token goes through the policy once and its next token is drawn.
 
-MLA in its absorbed form (arXiv:2405.04434, section 2.1.2; see rl.policy.mla for the algebra), experts as the router of the
-policy chooses them. `hidden_states` is the torch form; `StepBackend` names it together with the sampler, and the kernels for
-CUDA give another pair with the same signatures. Nothing here waits for the device or depends on the host's clock or RNG.
+MLA in its absorbed form (arXiv:2405.04434, section 2.1.2; see rl.policy.mla for the algebra), experts as the router
+of the policy chooses them. `TorchDecoder` is the plain form, for any device; `rl.rollout.cuda` wraps the Triton
+kernels behind the same protocol. Nothing here waits for the device or reads a clock or torch's RNG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,45 +17,69 @@ from rl.rollout.cache import LatentCache
 from rl.rollout.ops import AttentionPlan
 from rl.rollout.sampling import Sampler
 from rl.rollout.state import RowState
-from rl.rollout.weights import DecodeWeights, LayerWeights
-
-HiddenFunction = Callable[
-    [DecodeWeights, LatentCache, torch.Tensor, torch.Tensor, AttentionPlan], tuple[torch.Tensor, torch.Tensor | None]
-]
-SampleFunction = Callable[[Sampler, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from rl.rollout.weights import DecodeWeights, LayerWeights, build_decode_weights, halves_to_pairs
 
 
-@dataclass(frozen=True, slots=True)
-class StepBackend:
-    """hidden(weights, cache, tokens (n,), positions (n,), plan) -> normed hidden (n, D), experts used (n, Lm, K) or None;
-    it writes each row's cache row at own_len - 1. sample(sampler, logits (n, V), seeds, steps) -> token, logprob."""
+class Decoder(Protocol):
+    """name: for the statistics. derived_bytes, build_s: size of weight-derived buffers and time to build them."""
 
     name: str
-    hidden: HiddenFunction
-    sample: SampleFunction
+    derived_bytes: int
+    build_s: float
+
+    def column_order(self) -> torch.Tensor | None:
+        """How the columns of the policy's cache rows are reordered for this decoder's cache; None: as they are."""
+
+    def logits(self, cache: LatentCache, state: RowState, plan: AttentionPlan) -> torch.Tensor:
+        """Feed the rows' last tokens: write their cache rows and routes -> logits (n, V) of the next."""
+
+    def draw(
+        self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits (n, V), seeds and steps (n,) int64 -> token (n,) int64, logprob (n,) float32."""
 
 
-def decode_step(
-    weights: DecodeWeights, cache: LatentCache, state: RowState, plan: AttentionPlan, sampler: Sampler, backend: StepBackend
-) -> None:
+def decode_step(decoder: Decoder, cache: LatentCache, state: RowState, plan: AttentionPlan, sampler: Sampler) -> None:
     """Advance the rows of `plan` by one token, in place."""
-    rows = plan.slot
-    tokens = state.token.index_select(0, rows)
-    positions = plan.prompt_len + plan.own_len - 1
-    hidden, routes = backend.hidden(weights, cache, tokens, positions, plan)
-    if routes is not None:
-        assert state.out_routes is not None
-        place = rows * state.limit + plan.own_len - 1
-        state.out_routes.flatten(0, 1).index_copy_(0, place, routes.to(state.out_routes.dtype))
-    logits = F.linear(hidden, weights.head)
-    drawn, logprobs = backend.sample(sampler, logits, state.seed.index_select(0, rows), plan.own_len)
-    state.record(rows, drawn, logprobs)
+    logits = decoder.logits(cache, state, plan)
+    tokens, logprobs = decoder.draw(sampler, logits, state.seed[: logits.shape[0]], plan.own_len)
+    state.record(plan.slot, tokens, logprobs)
+
+
+class TorchDecoder:
+    """policy: rl.policy.model.Policy, read now; positions: longest prompt + completion."""
+
+    name = "torch"
+
+    def __init__(self, policy: Any, *, positions: int) -> None:
+        self.weights = build_decode_weights(policy, positions=positions)
+        self.derived_bytes, self.build_s = self.weights.derived_bytes, self.weights.build_s
+
+    def column_order(self) -> torch.Tensor:
+        rank, device = self.weights.latent_rank, self.weights.turns.device
+        return torch.cat((torch.arange(rank, device=device), rank + halves_to_pairs(self.weights.rope_dims, device)))
+
+    def logits(self, cache: LatentCache, state: RowState, plan: AttentionPlan) -> torch.Tensor:
+        tokens = state.token[: plan.slot.shape[0]]
+        positions = plan.prompt_len + plan.own_len - 1
+        hidden, routes = hidden_states(self.weights, cache, tokens, positions, plan)
+        if routes is not None:
+            assert state.out_routes is not None
+            place = plan.slot * state.limit + plan.own_len - 1
+            state.out_routes.flatten(0, 1).index_copy_(0, place, routes.to(state.out_routes.dtype))
+        return F.linear(hidden, self.weights.head)
+
+    def draw(
+        self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return sampler(logits, seeds, steps)
 
 
 def hidden_states(
     weights: DecodeWeights, cache: LatentCache, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The torch form of `StepBackend.hidden`."""
+    """tokens (n,) at positions (n,) -> normed hidden (n, D) and the experts used (n, Lm, K) or None; writes the
+    cache."""
     x = F.embedding(tokens, weights.embed)
     turns = weights.turns.index_select(0, positions)
     place = plan.slot * cache.shape.own_tokens + plan.own_len - 1
@@ -117,13 +140,3 @@ def _feed_forward(x: torch.Tensor, layer: LayerWeights) -> tuple[torch.Tensor, t
         assert layer.dense_down is not None
         x = torch.addmm(x, ops.silu_mul(F.linear(normed, layer.dense_gate_up)), layer.dense_down.t())
     return x, chosen
-
-
-def draw(
-    sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The torch form of `StepBackend.sample`."""
-    return sampler(logits, seeds, steps)
-
-
-TORCH_BACKEND = StepBackend("torch", hidden_states, draw)

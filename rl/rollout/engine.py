@@ -1,13 +1,14 @@
 """The in-process engine: samples groups of completions from the trainer's own policy module.
 
 In: requests (a prompt and one seed per completion) and `SamplingParams`. Out: `RolloutGroup`s with tokens, the
-log-probability of each under the distribution it was drawn from, and the experts it went through. Each group's prompt is
-prefilled once; decode uses absorbed MLA over a cache of latents; rows that end leave the batch, waiting ones take their place.
+log-probability of each under the distribution it was drawn from, and the experts it went through. Each group's prompt
+is prefilled once; decode uses absorbed MLA over a cache of latents; rows that end leave the batch, waiting ones take
+their place.
 
-A completion depends on the weights, its prompt and its seed: noise is a function of (seed, step, token id), and no row reads
-another. What remains is rounding: where a matmul's bits depend on the other rows, log-probabilities move by about 1e-6 and
-a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too on a CPU (bit-equal results
-for any batch; prompts are then prefilled one at a time).
+A completion depends on the weights, its prompt and its seed: noise is a function of (seed, step, token id), and no
+row reads another. What remains is rounding: where a matmul's bits depend on the other rows, log-probabilities move by
+about 1e-6 and a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too on a
+CPU (bit-equal results for any batch; prompts are then prefilled one at a time).
 
     engine = Engine(policy, cache_bytes=2**30)
     groups = engine.generate([RolloutRequest(problem, seeds=(1, 2))], SamplingParams(64, stop_token_ids=(2,)))
@@ -22,14 +23,13 @@ from typing import Any
 import torch
 
 from rl.rollout.cache import CacheShape, LatentCache, free_memory, plan_cache
-from rl.rollout.decode import TORCH_BACKEND, StepBackend, decode_step
+from rl.rollout.decode import Decoder, TorchDecoder, decode_step
 from rl.rollout.ops import MIN_MATMUL_ROWS
 from rl.rollout.prefill import Prefill
 from rl.rollout.sampling import Sampler
 from rl.rollout.scheduler import Row, Scheduler, Turnover
 from rl.rollout.state import FinishedRow, PlanBuilder, RowState
 from rl.rollout.stop_strings import StopStrings
-from rl.rollout.weights import build_decode_weights
 from rl.types import Completion, RolloutGroup, RolloutRequest, SamplingParams
 
 OnGroup = Callable[[int, RolloutGroup], None]
@@ -38,10 +38,10 @@ OnGroup = Callable[[int, RolloutGroup], None]
 class Engine:
     """Implements `rl.types.RolloutEngine` for `rl.policy.model.Policy`.
 
-    max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the row
-    outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings. prefill_tokens:
-    most prompt tokens in one forward. steps_per_look: decode steps between two looks of the host at which rows have ended.
-    batch_invariant: see the top of this file. `stats` describes the last `generate`.
+    max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
+    row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
+    prefill_tokens: most prompt tokens in one forward. steps_per_look: decode steps between two looks of the host at
+    which rows have ended. batch_invariant: see the top of this file. `stats` describes the last `generate`.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class Engine:
         prefill_tokens: int = 8192,
         steps_per_look: int = 1,
         batch_invariant: bool = False,
-        backend: StepBackend = TORCH_BACKEND,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if value is not None and value < 1:
@@ -66,7 +65,7 @@ class Engine:
         self.max_batch_size, self.cache_bytes = max_batch_size, cache_bytes
         self.decode_text = decode_text
         self.prefill_tokens, self.steps_per_look = prefill_tokens, steps_per_look
-        self.batch_invariant, self.backend = batch_invariant, backend
+        self.batch_invariant = batch_invariant
         self.stats: dict[str, float | int] = {}
 
     @torch.no_grad()
@@ -102,12 +101,12 @@ class _Rollout:
             self.stop_strings = StopStrings(params.stop_strings, engine.decode_text)
         longest_prompt = max(len(request.problem.prompt_ids) for request in requests)
         limit = max(params.max_completion_length, 1)
-        self.weights = build_decode_weights(policy, positions=longest_prompt + limit)
+        self.decoder: Decoder = TorchDecoder(policy, positions=longest_prompt + limit)
         routes_shape, routes_dtype = _routes_layout(policy.config)
         shape = self._cache_shape(requests, longest_prompt, limit, routes_shape, routes_dtype)
-        dtype = self.weights.embed.dtype
+        config, dtype = policy.config, policy.lm_head.weight.dtype
         self.cache = LatentCache(
-            shape, layers=len(self.weights.layers), width=self.weights.width, dtype=dtype, device=self.device
+            shape, layers=config.num_hidden_layers, width=config.cache_width, dtype=dtype, device=self.device
         )
         self.state = RowState(
             shape.slots,
@@ -120,6 +119,7 @@ class _Rollout:
         self.prefill = Prefill(
             policy,
             self.cache,
+            column_order=self.decoder.column_order(),
             chunk_tokens=engine.prefill_tokens,
             routes_dtype=routes_dtype,
             one_by_one=engine.batch_invariant,
@@ -142,22 +142,22 @@ class _Rollout:
         routes_shape: tuple[int, int] | None,
         routes_dtype: torch.dtype,
     ) -> CacheShape:
-        engine, weights = self.engine, self.weights
+        engine, config = self.engine, self.engine.policy.config
         rows = sum(len(request.seeds) for request in requests)
         # Fewer rows than a matmul needs for composition-independent bits are padded with idle ones.
         min_slots = MIN_MATMUL_ROWS if engine.batch_invariant else 1
         if engine.max_batch_size is not None:
             rows = min(rows, engine.max_batch_size)
-        element = weights.embed.element_size()
+        element = engine.policy.lm_head.weight.element_size()
         return plan_cache(
             requests=len(requests),
             group=max(len(request.seeds) for request in requests),
             rows=rows,
             own_tokens=limit,
             prompt_tokens=longest_prompt,
-            token_bytes=len(weights.layers) * weights.width * element,
+            token_bytes=config.num_hidden_layers * config.cache_width * element,
             row_bytes=RowState.row_bytes(limit, routes_shape, routes_dtype),
-            prompt_bytes=weights.head.shape[0] * element,
+            prompt_bytes=config.vocab_size * element,
             budget=engine.cache_bytes if engine.cache_bytes is not None else free_memory(self.device),
             min_slots=min_slots,
         )
@@ -192,7 +192,7 @@ class _Rollout:
             slots = self.state.start(turnover.new_rows)
             logits = self.prefill.logits.index_select(0, self.state.prompt_slot[slots])
             first = torch.zeros_like(slots)
-            tokens, logprobs = self.engine.backend.sample(self.sampler, logits, self.state.seed[slots], first)
+            tokens, logprobs = self.decoder.draw(self.sampler, logits, self.state.seed[slots], first)
             self.state.record(slots, tokens, logprobs)
             self.shortest = 1
             if not self.first_token_s:
@@ -212,9 +212,7 @@ class _Rollout:
         steps = min(self.engine.steps_per_look, self.state.limit - self.shortest)
         for _ in range(steps):
             self.longest += 1
-            decode_step(
-                self.weights, self.cache, self.state, self.plans.plan(self.longest), self.sampler, self.engine.backend
-            )
+            decode_step(self.decoder, self.cache, self.state, self.plans.plan(self.longest), self.sampler)
         self.steps += steps
         self.row_steps += steps * len(self.scheduler.rows)
 
@@ -271,8 +269,8 @@ class _Rollout:
             "max_batch": self.max_rows,
             "busy_frac": self.tokens / max(self.row_steps, 1),
             "cache_bytes": self.cache.bytes,
-            "derived_bytes": self.weights.derived_bytes,
-            "build_s": self.weights.build_s,
+            "derived_bytes": self.decoder.derived_bytes,
+            "build_s": self.decoder.build_s,
         }
 
 

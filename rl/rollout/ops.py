@@ -2,10 +2,10 @@
 
 N rows, H heads, C latent rank, R RoPE dims, E experts, K experts per token.
 
-Two choices make them fast at small sizes on a CPU: attention folds the heads of a row (and for the prompt those of a whole
-group) into the rows of one batched matmul, and each expert is one matmul over the tokens that chose it. No matmul sees fewer
-than four rows of a larger problem, which keeps results exact: this library's matmuls give a row the same bits for every
-row count >= 4 (measured with MKL on AVX-512), but others below.
+Two choices make them fast at small sizes on a CPU: attention folds the heads of a row (and for the prompt those of a
+whole group) into the rows of one batched matmul, and each expert is one matmul over the tokens that chose it. No
+matmul sees fewer than four rows of a larger problem, which keeps results exact: this library's matmuls give a row the
+same bits for every row count >= 4 (measured with MKL on AVX-512), but others below.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class AttentionPlan:
     slot (n,): the own slot of each row. own_len (n,): tokens of it to attend to, the one just written included.
     prompt_slot, prompt_len (n,). group_slot (B,), group_rows (B, Gmax): the rows of each prompt in flight, padded by
     repeating a row; cell (n,): where row r stands in the flattened `group_rows`. longest_own, longest_prompt: host-side
-    upper bounds of the lengths. own_mask (n, 1, longest_own), prompt_mask (B, 1, longest_prompt): 0 or -inf, read by the
-    reference only. regular: row r stands at place r and every prompt slot b holds group b, so nothing is gathered.
+    upper bounds of the lengths. own_mask (n, 1, longest_own), prompt_mask (B, 1, longest_prompt): 0 or -inf, read by
+    the reference only. regular: row r stands at place r and every prompt slot b holds group b, so nothing is
+    gathered.
     """
 
     slot: torch.Tensor
@@ -86,7 +87,7 @@ def attention(
     groups, largest = plan.group_rows.shape
     if plan.regular:
         prompt_keys = prompt[:groups, : plan.longest_prompt]
-        grouped = q.view(groups, largest * heads, width)
+        grouped = q.reshape(groups, largest * heads, width)
     else:
         prompt_keys = prompt[:, : plan.longest_prompt].index_select(0, plan.group_slot)
         grouped = q.index_select(0, plan.group_rows.view(-1)).view(groups, largest * heads, width)
@@ -114,7 +115,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def experts_by_loop(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """The routed experts' output: x (N, D), experts (N, K) int64, weights (N, K) fp32, gate_up (E, 2I, D), down (E, D, I).
+    """The routed experts' output: x (N, D), experts (N, K) int64, weights (N, K) fp32, gate_up (E, 2I, D), down (E,
+    D, I).
 
     Tokens are sorted by expert, then one matmul per expert that has any. An expert with fewer than four tokens computes
     four rows (those of the next expert, or padding), and the next expert overwrites the surplus.

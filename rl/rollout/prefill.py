@@ -1,8 +1,8 @@
 """Prompts through the policy once per group: packed, in chunks of bounded size, into the latent cache.
 
-The policy's own forward does it (expanded MLA), so what prompts leave in the cache is exactly what training would compute.
-Kept besides the latents: the logits after the last prompt token, from which every completion of the group draws its first
-token, and the experts that the prompt tokens went through.
+The policy's own forward does it (expanded MLA), so what prompts leave in the cache is exactly what training would
+compute. Kept besides the latents: the logits after the last prompt token, from which every completion of the group
+draws its first token, and the experts that the prompt tokens went through.
 """
 
 from __future__ import annotations
@@ -14,36 +14,34 @@ import torch
 
 from rl.rollout.cache import LatentCache
 from rl.rollout.scheduler import Group
-from rl.rollout.weights import halves_to_pairs
 
 
 class Prefill:
-    """chunk_tokens: most prompt tokens in one forward (a longer prompt goes alone). one_by_one: never pack prompts
-    together, so that rounding cannot depend on which prompts were admitted at once."""
+    """column_order: see `Decoder.column_order`. chunk_tokens: most prompt tokens in one forward (a longer prompt goes
+    alone). one_by_one: never pack prompts together, so that rounding cannot depend on which prompts were admitted at
+    once."""
 
     def __init__(
         self,
         policy: Any,
         cache: LatentCache,
         *,
+        column_order: torch.Tensor | None,
         chunk_tokens: int,
         routes_dtype: torch.dtype,
         one_by_one: bool = False,
     ) -> None:
-        config, head = policy.config, policy.lm_head.weight
+        head, device = policy.lm_head.weight, cache.own.device
         self._policy, self._cache = policy, cache
         self._chunk_tokens = 0 if one_by_one else chunk_tokens
         self._routes_dtype = routes_dtype
-        rank, device = config.kv_lora_rank, cache.own.device
-        self._columns = torch.cat(
-            (torch.arange(rank, device=device), rank + halves_to_pairs(config.qk_rope_head_dim, device))
-        )
+        self._columns = column_order
         # (prompt_slots, V): next-token logits of the prompts in flight
         self.logits = torch.zeros(cache.shape.prompt_slots, head.shape[0], dtype=head.dtype, device=device)
 
     def run(self, groups: Sequence[Group]) -> dict[int, torch.Tensor]:
-        """Prefill the prompts of `groups` into their prompt slots -> by group index, routes (P, Lm, K) on the host (none
-        for a policy without experts)."""
+        """Prefill the prompts of `groups` into their prompt slots -> by group index, routes (P, Lm, K) on the host
+        (none for a policy without experts)."""
         routes: dict[int, torch.Tensor] = {}
         for chunk in self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids))):
             routes |= self._forward(chunk)

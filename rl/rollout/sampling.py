@@ -1,10 +1,11 @@
 """Drawing one token per row, with randomness that depends on (row seed, step, vocabulary id) and nothing else.
 
 In: logits (N, V) of the next token, one 64-bit seed and one step index per row. Out: token (N,) and its log-probability
-(N,) under the distribution that was drawn from. The draw is a Gumbel-max race (argmax of log p + Gumbel noise, Maddison et
-al. 2014, arXiv:1411.0030): no cumulative sum, so rounding in the logits can change a token only where two candidates tie,
-and a row's result cannot depend on its neighbours. The noise is SplitMix64 (Steele et al. 2014) used as a counter-based
-generator: no state is carried, so a killed run draws the same tokens again and torch's own generators stay untouched.
+(N,) under the distribution that was drawn from. The draw is a Gumbel-max race (argmax of log p + Gumbel noise,
+Maddison et al. 2014, arXiv:1411.0030): no cumulative sum, so rounding in the logits can change a token only where two
+candidates tie, and a row's result cannot depend on its neighbours. The noise is SplitMix64 (Steele et al. 2014) used
+as a counter-based generator: no state is carried, so a killed run draws the same tokens again and torch's own
+generators stay untouched.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def sampling_logprobs(logits: torch.Tensor, sampler: Sampler) -> torch.Tensor:
     """The log-distribution that is drawn from: (N, V) logits -> (N, V) float32, -inf where cut off.
 
     Order as in Hugging Face: temperature, then top-k, then top-p, then min-p, each on what the one before left. Ties at
-    a threshold are all kept for top-k and min-p; top-p keeps the smallest prefix (most likely first) that reaches top_p.
+    a threshold are all kept for top-k and min-p; top-p keeps the smallest prefix (most likely first) that reaches
+    top_p.
     """
     if sampler.greedy:
         return torch.log_softmax(logits.float(), dim=-1)

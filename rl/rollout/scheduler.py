@@ -1,8 +1,8 @@
 """Which rows run: waiting completions, the slots they take, and who moves when others end. Pure host logic, no tensors.
 
-A group is admitted row by row in the order of the requests; its prompt holds a prompt slot from its first row's start to its
-last row's end. Rows stay packed in slots 0 .. n-1: the hole that an ended row leaves is taken by a waiting row, or else by
-the last row, so a step never computes more rows than are alive.
+A group is admitted row by row in the order of the requests; its prompt holds a prompt slot from its first row's start
+to its last row's end. Rows stay packed in slots 0 .. n-1: the hole that an ended row leaves is taken by a waiting
+row, or else by the last row, so a step never computes more rows than are alive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Group:
 
 @dataclass(slots=True)
 class Row:
-    """Completion `k` of `group`. For stop strings: how many tokens were seen, and the length at which the text ended."""
+    """Completion `k` of `group`. For stop strings: how many tokens were seen, and the length at which the text
+    ended."""
 
     group: Group
     k: int
@@ -46,7 +47,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Turnover:
-    """What to do after a look. ended: how many rows left. moves: (from slot, to slot), disjoint. new_prompts: to be prefilled. new_rows: to be started."""
+    """What to do after a look. ended: how many rows left. moves: (from slot, to slot), disjoint. new_prompts: to be
+    prefilled. new_rows: to be started."""
 
     ended: int
     moves: list[tuple[int, int]]
@@ -60,8 +62,8 @@ class Turnover:
 
 
 class Scheduler:
-    """`rows[r]` is the row in slot r. admit_at_least: free slots to wait for before prompts are prefilled while others run
-    (a prefill of one prompt costs nearly as much as one of several)."""
+    """`rows[r]` is the row in slot r. admit_at_least: free slots to wait for before prompts are prefilled while
+    others run (a prefill of one prompt costs nearly as much as one of several)."""
 
     def __init__(
         self, requests: Sequence[RolloutRequest], *, slots: int, prompt_slots: int, admit_at_least: int = 1

@@ -1,7 +1,9 @@
-"""What a rollout knows about each of its rows, in device tensors of fixed size that decode steps read and write in place.
+"""What a rollout knows about each of its rows, in device tensors of fixed size that decode steps read and write in
+place.
 
-Row r of the batch is slot r of every tensor. A finished row stays until the host looks: its length stands still and what it
-writes lands in a spare position behind its end. Outputs are kept per slot too and read out when the row has ended.
+Row r of the batch is slot r of every tensor. A finished row stays until the host looks: its length stands still and
+what it writes lands in a spare position behind its end. Outputs are kept per slot too and read out when the row has
+ended.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class FinishedRow:
 
 
 class RowState:
-    """slots: capacity. limit: most tokens a row may sample. routes_shape: (Lm, K) or None for a policy without experts."""
+    """slots: capacity. limit: most tokens a row may sample. routes_shape: (Lm, K) or None for a policy without
+    experts."""
 
     def __init__(
         self,
@@ -70,9 +73,11 @@ class RowState:
 
     def start(self, specs: list[RowSpec]) -> torch.Tensor:
         """Reset the slots of new rows -> their slots (n,). Their first token is then given by `record`."""
-        slots, prompt_slot, prompt_len, seed = torch.tensor(
-            [(s.slot, s.prompt_slot, s.prompt_len, s.seed) for s in specs], dtype=torch.int64
-        ).t().to(self.device)
+        slots, prompt_slot, prompt_len, seed = (
+            torch.tensor([(s.slot, s.prompt_slot, s.prompt_len, s.seed) for s in specs], dtype=torch.int64)
+            .t()
+            .to(self.device)
+        )
         self.prompt_slot[slots], self.prompt_len[slots], self.seed[slots] = prompt_slot, prompt_len, seed
         self.own_len[slots] = -1  # `record` counts it up to 0: one token sampled, none fed
         self.done[slots] = False
@@ -157,7 +162,8 @@ class PlanBuilder:
         self._prompt_mask = _additive(beyond, self.cache.own.dtype)[:, None]
 
     def plan(self, longest_own: int) -> AttentionPlan:
-        """For the step that feeds the tokens sampled last; longest_own: own tokens of the longest row, that one included."""
+        """For the step that feeds the tokens sampled last; longest_own: own tokens of the longest row, that one
+        included."""
         assert self._groups is not None
         state, rows = self.state, self._rows
         group_slot, group_rows, cell, regular = self._groups

@@ -1,7 +1,7 @@
 """Stop strings: a completion ends with the token after which its decoded text contains one of them.
 
-Text is looked at only when the host looks, so a row may have run on; it is then cut at the first token that completes a stop
-string, which makes the result independent of how often the host looks.
+Text is looked at only when the host looks, so a row may have run on; it is then cut at the first token that completes
+a stop string, which makes the result independent of how often the host looks.
 """
 
 from __future__ import annotations

@@ -180,7 +180,15 @@ def _read_mlp(result: LayerWeights, mlp: Any, owned: list[torch.Tensor]) -> None
 def step_bytes(weights: DecodeWeights, experts_hit: int | None = None) -> Iterator[int]:
     """Bytes of each matrix that one step reads; experts_hit: how many experts of a layer get a token (None: all)."""
     for layer in weights.layers:
-        for matrix in (layer.joined, layer.query, layer.absorb_k, layer.absorb_v, layer.output, layer.dense_gate_up, layer.dense_down):
+        for matrix in (
+            layer.joined,
+            layer.query,
+            layer.absorb_k,
+            layer.absorb_v,
+            layer.output,
+            layer.dense_gate_up,
+            layer.dense_down,
+        ):
             if matrix is not None:
                 yield matrix.numel() * matrix.element_size()
         for stack in (layer.expert_gate_up, layer.expert_down):
