@@ -137,7 +137,7 @@ class _Complaints:
                 return "command line"
             if path[:end] in self.lines:
                 return f"{self.file}:{self.lines[path[:end]]}"
-        return self.file
+        return "command line" if any(key[: len(path)] == path for key in self.changed) and path else self.file
 
     def _unknown(self, path: KeyPath) -> str:
         section = _section_at(path[:-1])

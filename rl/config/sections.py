@@ -212,8 +212,8 @@ class RewardsSection(Section):
     """How completions are scored."""
 
     reward_funcs: Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
-    """Names of reward functions: a built-in, `package.module:function` or `file.py:function`; or a mapping with `name`
-    and the function's parameters."""
+    """Names of reward functions: a built-in, `package.module:function` or `file.py:function`; or a mapping with `func`
+    and settings (weight, params, when, ...; see rewards/reward_entry.py)."""
     reward_weights: tuple[Number, ...] | None = None
     """One weight per function; left out: 1 each."""
     on_error: Literal["stop", "mask"] = "stop"
