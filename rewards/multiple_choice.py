@@ -1,0 +1,213 @@
+"""`multiple_choice`: the letter (or the text) of the option that a completion chooses.
+
+In: completions, a column with the right letter and optionally a column with the options (`["A)21", "B)4", ...]` or plain
+texts in order). Out: one `Score` each, 1.0 or 0.0. Letters inside of words never count, and neither does a letter that is
+mentioned only to be rejected (`not A`). An answer block has to name exactly one option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.base import Completion, Score, completion_text
+from rewards.extract import Extraction, after_thinking, find_boxes, free_answer
+from rewards.math_compare import compare_texts
+from rewards.tag_format import answer_block
+
+LETTERS = "ABCDEFGHIJ"
+MAX_CHARS = 4000
+
+_LABEL = re.compile(r"\A\s*[(\[]?([A-Ja-j])\s*[)\].:]\s*")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|mbox|bf|rm)(?![a-zA-Z])\s*")
+# A letter by itself: `B`, `(B)`, `B)`, `**B.**`; CJK text may touch it.
+_MENTION = re.compile(r"(?<![A-Za-z0-9'_])(?:[(\[]?([A-J])|(?<=[(\[])([a-j])(?=[)\]]))(?![A-Za-z0-9'_])(\s*[)\].:,])?")
+_ARTICLE_CONTEXT = re.compile(r"\s+(?!(?:or|and|because|is|since|as)\b)[a-z]|'")
+_CHOICE_WORDS = re.compile(r"(?:\b(?:option|choice|answer|letter)s?|答案|选项|选)[\s:：是为(*]*(?:\bis\b[\s:(*]*)?\Z", re.IGNORECASE)
+_MARKER = re.compile(
+    r"\b(?:answer|option|choice)\b[^.\n]{0,80}?(?:\bis\b|:|\bwould be\b)\s*:?|\b(?:choose|select|pick|go with)\b|答案\s*(?:是|为|：|:)"
+    r"|\br[ée]ponse\s+(?:est|:)",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z", re.IGNORECASE)
+_NO_OPTION = re.compile(
+    r"\bnone of the (?:given |above |answer |listed |provided )*(?:option|choice|answer)|\bnot (?:in|among|one of|an option in|available in) the "
+    r"(?:given |answer |listed |provided )*(?:option|choice|answer)|\berror in the\b|\bno correct (?:option|answer)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """letters: the letters that may be chosen. texts: what each stands for, empty when unknown."""
+
+    letters: str
+    texts: dict[str, str]
+
+
+def read_options(value: object) -> Options:
+    """Options from a column value: a list of labelled or plain texts, a mapping from letter to text, or None.
+
+    >>> read_options(["A)3", "B) 4"]).texts, read_options(None).letters
+    ({'A': '3', 'B': '4'}, 'ABCDEFGHIJ')
+    """
+    if isinstance(value, dict):
+        texts = {str(key).strip().upper(): str(text).strip() for key, text in value.items()}
+        return Options("".join(texts), texts)
+    if not isinstance(value, (list, tuple)) or not value:
+        return Options(LETTERS, {})
+    texts = {}
+    for letter, item in zip(LETTERS, value, strict=False):
+        text = str(item).strip()
+        while (label := _LABEL.match(text)) is not None and label.group(1).upper() == letter:
+            text = text[label.end() :]
+        texts[letter] = text
+    return Options("".join(texts), texts)
+
+
+def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
+    """The letter of the chosen option. strict: `text` is an answer block, and everything in it counts.
+
+    >>> chosen_letter("I think it's not A, so it's (B).", read_options(None), strict=False).answer
+    'B'
+    >>> chosen_letter("A B C D", read_options(None), strict=True).answer is None
+    True
+    """
+    if len(text) > 20 * MAX_CHARS and strict:
+        return Extraction(None, "the answer block is too long")
+    text = _TEXT_COMMAND.sub("", text) if "\\boxed" not in text else text
+    boxes = find_boxes(text)
+    if boxes:
+        named = dict.fromkeys(_letter_of(box.content, options) for box in (boxes if strict else boxes[-1:]))
+        letters = [letter for letter in named if letter]
+        if len(named) == 1 and letters:
+            return Extraction(letters[0], "boxed")
+        if strict:
+            return Extraction(None, "the box names no single option")
+    text = text.replace("$", " ").replace("{", " ").replace("}", " ").replace("*", " ").strip()
+    if letter := _letter_of(text, options):
+        return Extraction(letter, "answer block" if strict else "whole text")
+    return _strict_choice(text, options) if strict else _free_choice(text, options)
+
+
+def _letter_of(text: str, options: Options) -> str:
+    """The letter when `text` is a choice as a whole: `B`, `(b)`, `B) 4`, `4`; '' for anything else."""
+    text = _TEXT_COMMAND.sub("", text).replace("{", "").replace("}", "").replace("$", "").strip().rstrip(".")
+    bare = re.fullmatch(r"[(\[]?\s*([A-Ja-j])\s*[)\]:.]?", text)
+    if bare is not None:
+        letter = bare.group(1).upper()
+        return letter if letter in options.letters else ""
+    label = _LABEL.match(text)
+    if label is not None and len(text) <= 300:
+        letter = label.group(1).upper()
+        rest = text[label.end() :].strip()
+        if letter not in options.letters or any(m.group(1) != letter and m.group(3) for m in _MENTION.finditer(rest)):
+            return ""
+        matching = _matching_options(rest, options)
+        return letter if not matching or letter in matching else ""
+    matching = _matching_options(text, options)
+    return matching[0] if len(matching) == 1 else ""
+
+
+def _matching_options(text: str, options: Options) -> list[str]:
+    if not options.texts or len(text) > 300:
+        return []
+    return [letter for letter, option in options.texts.items() if option and compare_texts(option, text).equal]
+
+
+def _mentions(text: str, options: Options) -> list[str]:
+    """Letters that `text` names as choices, in order; articles, pronouns and rejected letters left out."""
+    found: list[str] = []
+    for match in _MENTION.finditer(text):
+        letter, closed = (match.group(1) or match.group(2)).upper(), bool(match.group(3))
+        before, after = text[: match.start()], text[match.end() :]
+        if letter not in options.letters or _NEGATED.search(before[-40:]):
+            continue
+        bracketed = match.group().startswith(("(", "[")) or closed
+        follows_word = _CHOICE_WORDS.search(before[-40:]) is not None
+        if letter in "AI" and not bracketed and not follows_word and _ARTICLE_CONTEXT.match(after):
+            continue
+        found.append(letter)
+    return found
+
+
+def _strict_choice(text: str, options: Options) -> Extraction:
+    letters = list(dict.fromkeys(_mentions(text, options)))
+    label = _LABEL.match(text)
+    if label is not None and letters == [label.group(1).upper()] and _matching_options(text[label.end() :], options):
+        return Extraction(None, "the letter and its text name different options")
+    if len(letters) == 1 and not _NO_OPTION.search(text):
+        return Extraction(letters[0], "answer block")
+    return Extraction(None, "several options" if letters else "no option named")
+
+
+def _free_choice(text: str, options: Options) -> Extraction:
+    """The last stated choice: behind the last marker, on the last line, or the last letter of the last sentence."""
+    tail = text[-MAX_CHARS:].strip()
+    last_line = tail.rpartition("\n")[2].strip()
+    if (_LABEL.match(last_line) is not None and last_line[0] != "a") and (letter := _letter_of(last_line, options)):
+        return Extraction(letter, "last line")
+    for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
+        phrase = re.split(r"\n|(?<=[^\s(][^A-J])\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1)[0]
+        letters = _mentions(phrase, options)
+        if letters and not _NO_OPTION.search(tail[marker.end() :]):
+            return Extraction(letters[0], "marked")
+        answer = free_answer(phrase).answer if phrase else None
+        matching = _matching_options(answer, options) if answer else []
+        if len(matching) == 1:
+            return Extraction(matching[0], "option text")
+    sentences = [piece for piece in re.split(r"(?<=[.!?])\s+|\n+", tail) if piece.strip()]
+    last = sentences[-1] if sentences else ""
+    if _NO_OPTION.search(last):
+        return Extraction(None, "no option chosen")
+    letters = _mentions(last, options)
+    return Extraction(letters[-1], "last sentence") if letters else Extraction(None, "no option named")
+
+
+def score_choice(gold: object, extraction: Extraction, options: Options) -> Score:
+    """Compare the chosen letter with the reference, which is a letter or the text of an option."""
+    reference = _letter_of(str(gold), options) if gold is not None else ""
+    if not reference:
+        return Score(None, "the reference is neither a letter nor an option", gold=str(gold), rule="no reference")
+    if extraction.answer is None:
+        return Score(0.0, extraction.how, None, reference, "no answer")
+    equal = extraction.answer == reference
+    return Score(float(equal), f"option {extraction.answer} ({extraction.how})", extraction.answer, reference, "letter")
+
+
+def multiple_choice_reward(
+    prompts: Sequence[object],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[object] | None = None,
+    *,
+    gold_column: str = "answer",
+    options_column: str = "options",
+    tagged: bool = True,
+    **columns: Sequence[object],
+) -> list[Score]:
+    """1.0 when the completion chooses the reference option by letter or by its text, else 0.0; None without a reference.
+
+    Range: {0, 1}. `tagged`: the choice must stand in the one answer block and be the only one; else the last choice after
+    thinking counts. ValueError when the column of references is missing or has another length.
+
+    >>> multiple_choice_reward([], ["<think>2+2</think><answer>(B) 4</answer>"], answer=["B"], options=[["3", "4"]])[0].value
+    1.0
+    """
+    golds = columns.get(gold_column)
+    if golds is None or len(golds) != len(completions):
+        raise ValueError(f"multiple_choice: column {gold_column!r} with {len(completions)} values is needed")
+    option_values = columns.get(options_column) or [None] * len(completions)
+    scores: list[Score] = []
+    for gold, value, completion in zip(golds, option_values, completions, strict=True):
+        options = read_options(value)
+        text = completion_text(completion)
+        if tagged:
+            block = answer_block(text)
+            found = Extraction(None, block.reason)
+            if block.content is not None:
+                found = chosen_letter(block.content, options, strict=True)
+        else:
+            found = chosen_letter(after_thinking(text), options, strict=False)
+        scores.append(score_choice(gold, found, options))
+    return scores
