@@ -178,7 +178,8 @@ def test_the_resolved_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path)
         recipe_file,
         ["--sft.steps=3", "--sft.data.source=x.jsonl", "--name", "'1e-6'",
          "--rollout.stop_strings", """['no', '007', " x\\n", 'é']""",
-         "--data.train.params.alphabet", "'0123'", "--grpo.routing_replay=false", "--grpo.importance_sampling_cap=null"],
+         "--data.train.params.alphabet", "'0123'", "--grpo.routing_replay=false",
+         "--grpo.importance_sampling_cap=null"],
     )  # fmt: skip
     recipe.dump(tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
