@@ -25,6 +25,11 @@ from rl.policy.config import PolicyConfig
 from rl.policy.norm import RMSNorm
 from rl.policy.rope import RotaryTables, rotate, softmax_scale
 
+try:
+    from rl.policy import kernels
+except ImportError:  # torch without CUDA comes without triton
+    kernels = None  # type: ignore[assignment]
+
 
 class MLA(nn.Module):
     """(T, D) -> (T, D). `scale` multiplies the scores (YaRN's temperature included)."""
@@ -58,16 +63,21 @@ class MLA(nn.Module):
         latents: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """x: (T, D). If `latents` is a list, this layer's cache rows (T, C + R) are appended to it."""
-        q = self.queries(x, tables)
         latent, k_rope = self.latent(x, tables)
         if latents is not None:
             latents.append(torch.cat((latent, k_rope), dim=-1))
-        return self.o_proj(self.expanded(q, latent, k_rope, layout))
+        return self.o_proj(self.expanded(self._project_queries(x), latent, k_rope, tables, layout))
 
     def queries(self, x: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
         """x: (T, D) -> (T, H, nope + R), the last R rotated."""
+        return self._rotate_queries(self._project_queries(x), tables)
+
+    def _project_queries(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
-        nope, rope = q.view(x.shape[0], self.num_heads, -1).split((self.nope_dim, self.rope_dim), dim=-1)
+        return q.view(x.shape[0], self.num_heads, -1)
+
+    def _rotate_queries(self, q: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+        nope, rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
         return torch.cat((nope, rotate(rope, tables, interleave=self.interleave)), dim=-1)
 
     def latent(self, x: torch.Tensor, tables: RotaryTables) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,14 +86,25 @@ class MLA(nn.Module):
         return self.kv_a_layernorm(latent), rotate(rope, tables, interleave=self.interleave)
 
     def expanded(
-        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, layout: PackedLayout
+        self,
+        q: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        tables: RotaryTables,
+        layout: PackedLayout,
     ) -> torch.Tensor:
-        """q: (T, H, nope + R), latent: (T, C), k_rope: (T, R) -> (T, H * v), causal within each sequence."""
+        """q: (T, H, nope + R) not yet rotated, latent: (T, C), k_rope: (T, R) rotated -> (T, H * v), causal within each
+        sequence."""
         tokens = latent.shape[0]
-        expanded = self.kv_b_proj(latent).view(tokens, self.num_heads, -1)
-        k_nope, v = expanded.split((self.nope_dim, self.v_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1)
-        return attend(q, k, v, layout, scale=self.scale).reshape(tokens, -1)
+        kv = self.kv_b_proj(latent).view(tokens, self.num_heads, -1)
+        if kernels is not None and q.is_cuda:
+            width = (max(q.shape[-1], self.v_dim) + 7) // 8 * 8  # what the attention kernel wants
+            q, k, v = kernels.AssembleHeads.apply(q, kv, k_rope, *tables, self.nope_dim, width, self.interleave)
+        else:
+            q = self._rotate_queries(q, tables)
+            k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
+            k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1)
+        return attend(q, k, v, layout, scale=self.scale)[..., : self.v_dim].reshape(tokens, -1)
 
 
 class AbsorbedWeights(NamedTuple):

@@ -17,8 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rl.policy.activation import gated_silu
+from rl.policy.activation import gated_silu, silu_mul
 from rl.policy.config import PolicyConfig
+
+try:
+    from rl.policy import kernels
+except ImportError:  # torch without CUDA comes without triton
+    kernels = None  # type: ignore[assignment]
 
 
 class Router(nn.Module):
@@ -165,6 +170,8 @@ def _gather_rows(x: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
 
 def _sum_rows(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:
     """(T*K, D) -> (T, D), the sum of each token's K rows; on CUDA in one kernel that accumulates in fp32."""
+    if rows.is_cuda and kernels is not None:
+        return kernels.sum_rows(rows, row_of_slot)
     if rows.is_cuda:
         return F.embedding_bag(row_of_slot, rows, mode="sum")
     return rows.index_select(0, row_of_slot.reshape(-1)).view(*row_of_slot.shape, -1).sum(dim=1)
@@ -233,7 +240,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
