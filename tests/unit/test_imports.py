@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "rl.config": {"pydantic", "yaml"},
     "rl.data": {"rl.config", "rl.types", "rl.distributed", "transformers", "tokenizers", "datasets", "pyarrow"},
     "rl.grpo": {"torch"},
-    "rl.policy": {"torch"},
+    "rl.policy": {"rl.policy.kernels", "torch"},
     "rl.policy.weights": {"rl.policy", "torch", "safetensors", "huggingface_hub", "transformers"},
     "rl.policy.hf": {"rl.policy", "rl.policy.weights", "torch", "transformers"},
     "rl.policy.kernels": {"rl.policy", "torch", "triton"},
