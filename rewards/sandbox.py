@@ -1,15 +1,17 @@
 """Runs programs that nobody trusts, isolated by bubblewrap or by namespaces of our own; refuses where neither works.
 
-In: a program's source text, then standard inputs or function calls, each with a time limit. Out: `RunResult`. What a program
-finds: a read-only system with Python's own library, a private /tmp, no network, no other processes, no environment of the
-host, limits of memory, processes, file size and time. What must stay secret (expected outputs, checkpoints) is never put in.
+In: a program's source text, then standard inputs or function calls, each with a time limit. Out: `RunResult`. What a
+program finds: a read-only system with Python's own library, a private /tmp, no network, no other processes, no
+environment of the host, limits of memory, processes, file size and time. What must stay secret (expected outputs,
+checkpoints) is never put in.
 
     with Sandbox() as sandbox:
         sandbox.load("print(int(input()) + 1)")
         sandbox.run("41").stdout       # "42\\n"
 
-One sandbox stays warm for many programs, one after the other: `clean()` ends all that a program left behind, and replaces the
-sandbox when that is not possible. Paper: none; the rules are those of bubblewrap(1), namespaces(7), seccomp(2).
+One sandbox stays warm for many programs, one after the other: `clean()` ends all that a program left behind, and
+replaces the sandbox when that is not possible. Paper: none; the rules are those of bubblewrap(1), namespaces(7),
+seccomp(2).
 """
 
 from __future__ import annotations
@@ -34,7 +36,16 @@ from rewards.sandbox_filter import filter_program
 Method = Literal["bubblewrap", "namespaces"]
 RunStatus = Literal["ok", "error", "timeout", "output", "memory", "died"]
 
-_HARNESS = Path(__file__).with_name("sandbox_harness.py")
+_HERE = Path(__file__).resolve().parent
+# As a folder that Python can run; `rewards` inside is these two files only.
+_HARNESS_FILES = (
+    (str(_HERE / "sandbox_harness.py"), "/harness/__main__.py"),
+    (str(_HERE / "sandbox_program.py"), "/harness/rewards/sandbox_program.py"),
+    (str(_HERE / "sandbox_values.py"), "/harness/rewards/sandbox_values.py"),
+)
+_STATUSES: dict[str, RunStatus] = {
+    "ok": "ok", "error": "error", "timeout": "timeout", "output": "output", "memory": "memory", "silent": "timeout",
+}  # fmt: skip
 _START_LIMIT_S = 20.0
 _GRACE_S = 2.0
 _CHUNK = 1 << 18
@@ -60,8 +71,9 @@ class SandboxLimits:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """status: ok (ended with exit code 0), error (another code, a signal, an exception), timeout, output (printed more than
-    allowed), memory, died (the sandbox itself ended). stdout: what it printed, or the line it answered. error: what it said."""
+    """status: ok (ended with exit code 0), error (another code, a signal, an exception), timeout, output (printed more
+    than allowed), memory, died (the sandbox itself ended). stdout: what it printed, or the line it answered. error:
+    what it said."""
 
     status: RunStatus
     stdout: str = ""
@@ -103,7 +115,8 @@ class Sandbox:
         return self._request({"op": "run", "stdin": stdin}, limit_s)
 
     def open_program(self, *, limit_s: float = 5.0) -> RunResult:
-        """Start the loaded program so that its functions can be called with `send`. The limit is for the whole conversation."""
+        """Start the loaded program so that its functions can be called with `send`. The limit is for the whole
+        conversation."""
         return self._request({"op": "open", "test": None}, limit_s)
 
     def open_test(self, code: str, names: list[str], *, limit_s: float = 5.0) -> RunResult:
@@ -144,10 +157,10 @@ class Sandbox:
         if self._process is None:
             self._start()
         reply = self._exchange({**request, "limit_s": limit_s} if with_limit else request, limit_s + _GRACE_S)
-        status = reply.get("status")
-        if status not in ("ok", "error", "timeout", "output", "memory"):
+        said = str(reply.get("status"))
+        status = _STATUSES.get(said, "died")
+        if said not in _STATUSES or said == "silent":
             self.close()
-            status = "timeout" if status == "silent" else "died"
         text = reply.get("stdout", reply.get("line", ""))
         return RunResult(
             status=status,
@@ -166,7 +179,8 @@ class Sandbox:
             stderr=self._stderr,
             env={},
         )
-        # Of its own, so that the limit of processes, which the kernel counts per user, is not shared with other sandboxes.
+        # Of its own, so that the limit of processes, which the kernel counts per user, is not shared with other
+        # sandboxes.
         number = os.getpid() * 2 + next(_numbers)
         settings = {
             **asdict(self.limits),
@@ -181,7 +195,8 @@ class Sandbox:
             raise SandboxUnavailable(f"the sandbox ({self.method}) did not start: {said or reply}")
 
     def _exchange(self, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """One request and its reply; {"status": "silent"} after the limit, {"status": "gone"} when the sandbox has ended."""
+        """One request and its reply; {"status": "silent"} after the limit, {"status": "gone"} when the sandbox has
+        ended."""
         assert self._process is not None and self._process.stdin is not None
         deadline = time.monotonic() + limit_s
         try:
@@ -227,23 +242,32 @@ def _layout(temporary_bytes: int) -> Layout:
     paths = [path for path in dict.fromkeys(wanted) if os.path.exists(path) and not os.path.islink(path)]
     inner = [path for path in paths if not any(path != other and path.startswith(other + "/") for other in paths)]
     return Layout(
-        binds=(*((path, path) for path in inner), (str(_HARNESS), "/harness.py")),
+        binds=(*((path, path) for path in inner), *_HARNESS_FILES),
         links=links,
         temporary_bytes=temporary_bytes,
-        command=(python, "-I", "-S", "-B", "-X", "utf8", "/harness.py"),
+        command=(python, "-I", "-S", "-B", "-X", "utf8", "/harness"),
         environment={"HOME": "/tmp", "LANG": "C.UTF-8"},
     )
 
 
 def _launch_command(method: Method, layout: Layout) -> list[str]:
     if method == "namespaces":
-        script = Path(__file__).with_name("sandbox_namespaces.py")
+        script = _HERE / "sandbox_namespaces.py"
         return [os.path.realpath(sys.executable), "-I", "-S", str(script), json.dumps(asdict(layout))]
-    command = ["bwrap", "--die-with-parent", "--new-session", "--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL"]
+    command = [
+        "bwrap",
+        "--die-with-parent",
+        "--new-session",
+        "--as-pid-1",
+        "--hostname",
+        "sandbox",
+        "--cap-drop",
+        "ALL",
+    ]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:
-        # Root keeps its own user namespace: then Python may stand where only root can look (/root), and the harness, not
-        # bubblewrap, changes to an ordinary user, whose processes the kernel counts (those of root it does not).
+        # Root keeps its own user namespace: then Python may stand where only root can look (/root), and the harness,
+        # not bubblewrap, changes to an ordinary user, whose processes the kernel counts (those of root it does not).
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
@@ -277,7 +301,7 @@ def many_processes():
             import time
             time.sleep(5)
 print(os.getpid() < 1000, not os.path.exists(sys.stdin.readline().strip()), not os.path.exists("/home"),
-      fails(lambda: socket.socket()), fails(lambda: open("/harness.py", "a")), fails(lambda: open("/x", "w")),
+      fails(lambda: socket.socket()), fails(lambda: open("/harness/__main__.py", "a")), fails(lambda: open("/x", "w")),
       fails(lambda: os.kill(1, 9) or os.kill(1, 0) or open("/proc/1/environ")), fails(many_processes))
 """
 
@@ -295,8 +319,8 @@ def isolation_method() -> Method:
             return method
         problems.append(f"{method}: {problem}")
     raise SandboxUnavailable(
-        "code from a model is only run in isolation, and none works on this machine. Install bubblewrap (apt-get install "
-        "bubblewrap) and allow user namespaces. Tried: " + "; ".join(problems)
+        "code from a model is only run in isolation, and none works on this machine. Install bubblewrap "
+        "(apt-get install bubblewrap) and allow user namespaces. Tried: " + "; ".join(problems)
     )
 
 
@@ -305,7 +329,7 @@ def isolation_problem(method: Method) -> str | None:
     try:
         with Sandbox(method=method) as sandbox:
             sandbox.load(_PROBE)
-            result = sandbox.run(str(_HARNESS) + "\n")
+            result = sandbox.run(str(_HERE) + "\n")
     except (SandboxUnavailable, OSError) as error:
         return str(error)
     answers = result.stdout.split()

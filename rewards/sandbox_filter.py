@@ -1,11 +1,13 @@
 """The system call filter of the sandbox, as a classic BPF program for seccomp.
 
-In: the machine (`platform.machine()`). Out: bytes of `struct sock_filter` records. Namespaces already take away the network, the
-files and the other processes; the filter takes what they leave: looking into other processes, new namespaces (and with
-them kernel interfaces that only a namespace's root can reach), memory that no limit counts, sockets other than Unix ones (AF_VSOCK
-reaches the hypervisor from any namespace), and changes of limits or priority of the harness.
+In: the machine (`platform.machine()`). Out: bytes of `struct sock_filter` records. Namespaces already take away the
+network, the files and the other processes; the filter takes what they leave: looking into other processes, new
+namespaces (and with them kernel interfaces that only a namespace's root can reach), memory that no limit counts,
+sockets other than Unix ones (AF_VSOCK reaches the hypervisor from any namespace), and changes of limits or priority of
+the harness.
 
-Numbers are those of the kernel's syscall tables (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
+Numbers are those of the kernel's syscall tables (arch/x86/entry/syscalls/syscall_64.tbl,
+include/uapi/asm-generic/unistd.h).
 """
 
 from __future__ import annotations

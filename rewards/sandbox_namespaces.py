@@ -1,11 +1,12 @@
 """Makes the sandbox's namespaces by system calls, for machines without bubblewrap.
 
-In: `python -I -S sandbox_namespaces.py LAYOUT`, where LAYOUT is the JSON of `rewards.sandbox.Layout`. Out: this process becomes the
-command of the layout, as process 1 of new user (unless root), mount, process, network, IPC and host name namespaces, with a
-read-only root that holds only what the layout names. Exits with a message on standard error when the kernel refuses.
+In: `python -I -S sandbox_namespaces.py LAYOUT`, where LAYOUT is the JSON of `rewards.sandbox.Layout`. Out: this process
+becomes the command of the layout, as process 1 of new user (unless root), mount, process, network, IPC and host name
+namespaces, with a read-only root that holds only what the layout names. Exits with a message on standard error when the
+kernel refuses.
 
-The order follows pivot_root(2): a temporary root is made and entered so that every path of the host stays reachable under
-/host while the final root is being filled; then that is left behind.
+The order follows pivot_root(2): a temporary root is made and entered so that every path of the host stays reachable
+under /host while the final root is being filled; then that is left behind.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _bind(source: str, target: str) -> None:
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    code = _LIBC.mount(source.encode(), target.encode(), kind and kind.encode(), ctypes.c_ulong(flags), data and data.encode())
+    code = _LIBC.mount(
+        source.encode(), target.encode(), kind and kind.encode(), ctypes.c_ulong(flags), data and data.encode()
+    )
     _check(code, f"mount {target}")
 
 

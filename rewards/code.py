@@ -1,0 +1,148 @@
+"""Rewards for programs: `code` runs the tests of a row, `code_format` looks at the form only.
+
+In: completions, and the dataset column `tests` in one of the forms of `rewards.code_tests`. Out: `Score`s. The program
+is taken from the answer block: its last fenced block marked python, py or nothing, else the whole block. It runs in a
+sandbox (`rewards.sandbox`); on a machine where nothing isolates, RuntimeError says so and nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rewards.base import Completion, Score, completion_text
+from rewards.code_runner import Limits
+from rewards.code_tests import Case, parse_tests
+from rewards.pool import VerifierPool, shared_pool
+from rewards.tag_format import answer_block, format_fault
+
+_FENCE = "```"
+_PYTHON = ("", "python", "py", "python3")
+_START_ALLOWANCE_S = 30.0
+
+
+def code_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Any] = (),
+    *,
+    tests: Sequence[Any],
+    scoring: Literal["fraction", "all"] = "fraction",
+    tagged: bool = True,
+    time_limit_s: float = 2.0,
+    program_limit_s: float = 10.0,
+    pool: VerifierPool | None = None,
+    **columns: Any,
+) -> list[Score]:
+    """passed / total of the row's tests ("fraction"), or 1 if all passed else 0 ("all"). Range [0, 1].
+
+    tests: one entry per row; None where the row has no code task (None comes back). tagged: take the program from the
+    answer block only; False: from the text after thinking. time_limit_s: per case; program_limit_s: all cases of a
+    program. Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's
+    code_reward.
+
+    Raises ValueError for tests that cannot be read, RuntimeError where nothing isolates.
+
+        completion "<think>t</think><answer>print(input())</answer>"
+        tests      [{"input": "a", "output": "a"}, {"input": "b", "output": "c"}]     ->  0.5
+    """
+    if scoring not in ("fraction", "all"):
+        raise ValueError(f"scoring: {scoring!r} is not allowed; fraction or all")
+    limits = Limits(case_s=time_limit_s, program_s=program_limit_s)
+    scores: list[Score | None] = [None] * len(completions)
+    jobs: dict[int, tuple[str, list[Case], Limits, bool]] = {}
+    for row, (completion, raw) in enumerate(zip(completions, tests, strict=True)):
+        if raw is None:
+            scores[row] = Score(None, "the row has no tests")
+            continue
+        cases = _parse_row(raw, row)
+        program, reason = extract_program(completion_text(completion), tagged=tagged)
+        if program is None:
+            scores[row] = Score(0.0, reason, rule="no program")
+        else:
+            jobs[row] = (program, cases, limits, scoring == "all")
+    outcomes = (pool or shared_pool()).map(
+        "rewards.code_runner:run_program", list(jobs.values()), time_limit_s=program_limit_s + _START_ALLOWANCE_S
+    )
+    for (row, job), outcome in zip(jobs.items(), outcomes, strict=True):
+        if outcome.status == "error":
+            raise RuntimeError(f"row {row}: {outcome.error}")
+        scores[row] = _score(job[0], outcome.value, scoring)
+    return [score for score in scores if score is not None]
+
+
+def _parse_row(raw: Any, row: int) -> list[Case]:
+    try:
+        return parse_tests(raw)
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+
+
+def _score(program: str, result: dict[str, Any] | None, scoring: str) -> Score:
+    if result is None:  # the pool's own limit, which is there for the case that ours fails
+        return Score(0.0, "the run was killed", extracted=program, rule="timeout")
+    passed, total = result["passed"], result["total"]
+    value = passed / total if scoring == "fraction" else float(passed == total)
+    reason = f"{passed} of {total} tests passed" + (f"; {result['failure']}" if result["failure"] else "")
+    return Score(value, reason, extracted=program, rule="timeout" if result["timed_out"] else "tests")
+
+
+def code_format_reward(
+    prompts: Sequence[Any], completions: Sequence[Completion], completion_ids: Sequence[Any] = (), **columns: Any
+) -> list[Score]:
+    """1 when the completion is well formed (see `format`) and its answer is one fenced Python block and nothing else,
+    else 0.
+
+    Source: open-r1's code_format reward, which looks for the fence with a regular expression; here by parts.
+
+        "<think>t</think><answer>```python\\nprint(1)\\n```</answer>"   ->  1.0
+    """
+    return [_score_form(completion_text(completion)) for completion in completions]
+
+
+def _score_form(text: str) -> Score:
+    fault = format_fault(text)
+    if fault:
+        return Score(0.0, fault, rule="format")
+    content = answer_block(text).content or ""
+    blocks = fenced_blocks(content)
+    lines = content.strip().splitlines()
+    if len(blocks) != 1 or not lines[0].startswith(_FENCE) or lines[-1].strip() != _FENCE:
+        return Score(0.0, "the answer is not one fenced block", rule="code_format")
+    if blocks[0][0] not in _PYTHON[1:]:
+        return Score(0.0, f"the fence says {blocks[0][0]!r}, not python", rule="code_format")
+    return Score(1.0, "one fenced Python block", rule="code_format")
+
+
+def extract_program(text: str, *, tagged: bool) -> tuple[str | None, str]:
+    """The program of a completion, or None and why there is none."""
+    if tagged:
+        block = answer_block(text)
+        if block.content is None:
+            return None, block.reason
+        text = block.content
+    else:
+        text = text.rpartition("</think>")[2]
+    programs = [body for language, body in fenced_blocks(text) if language in _PYTHON]
+    if programs:
+        return programs[-1], ""
+    if not tagged or _FENCE in text:
+        return None, "no fenced Python block"
+    return text, ""
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language in lower case, body) of every closed block between lines that start with three backticks."""
+    blocks: list[tuple[str, str]] = []
+    language: str | None = None
+    body: list[str] = []
+    for line in text.splitlines(keepends=True):
+        mark = line.strip()
+        if language is None and mark.startswith(_FENCE) and _FENCE not in mark[3:]:
+            language, body = mark[3:].strip().lower(), []
+        elif language is not None and mark == _FENCE:
+            blocks.append((language, "".join(body)))
+            language = None
+        elif language is not None:
+            body.append(line)
+    return blocks

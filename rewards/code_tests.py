@@ -1,0 +1,181 @@
+"""The `tests` of a row of code data, read and checked, and how an output is compared with the expected one.
+
+In: what stands in the dataset's column, as Python data or as its JSON text, in one of these forms. Out: a list of
+cases.
+
+    [{"input": "2 3\\n", "output": "5\\n"}, ...]                                     reads standard input, prints
+    {"inputs": ["2 3\\n", ...], "outputs": ["5\\n", ...]}                            the same, as in APPS
+    {"entry_point": "add", "cases": [{"args": [2, 3], "output": 5}, ...]}           a function; also "kwargs"
+    {"fn_name": "add", "inputs": [[2, 3], ...], "outputs": [5, ...]}                the same, as in APPS
+    {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code (MBPP; HumanEval's
+    check)
+
+Comparison happens in our process, never beside the program. Printed text: equal line by line, blanks at the ends of
+lines and of the text aside; a number with a decimal point may differ by 1e-6 (relative or absolute). Values: equal as
+in Python, but a list equals a tuple (JSON has no tuples), and a float may differ by 1e-6.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class StdinCase:
+    """The program gets `input` and must print `output`."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallCase:
+    """`function(*args, **kwargs)` must give `output`."""
+
+    function: str
+    args: tuple[Any, ...]
+    output: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TestCodeCase:
+    """`code` runs apart from the program; in it, `names` are stand-ins for the program's functions."""
+
+    code: str
+    names: tuple[str, ...]
+
+
+Case = StdinCase | CallCase | TestCodeCase
+
+
+def parse_tests(raw: Any) -> list[Case]:
+    """The cases of a row. ValueError says what is wrong with it."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except ValueError as error:
+            raise ValueError(f"tests: not JSON: {error}") from error
+    if isinstance(raw, Mapping) and isinstance(raw.get("test_cases"), Sequence):
+        raw = raw["test_cases"]
+    if isinstance(raw, Mapping):
+        cases = _from_mapping(raw)
+    elif isinstance(raw, list | tuple):
+        cases = [_stdin_case(item) for item in raw]
+    else:
+        raise ValueError(
+            f"tests: a {type(raw).__name__} is not allowed; a list or a mapping, see rewards/code_tests.py"
+        )
+    if not cases:
+        raise ValueError("tests: there is no case")
+    return cases
+
+
+def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
+    name = raw.get("entry_point", raw.get("fn_name"))
+    names = (name,) if isinstance(name, str) else tuple(name or ())
+    if not all(isinstance(item, str) and item.isidentifier() for item in names):
+        raise ValueError(f"tests: entry_point: {name!r} is not allowed; the name of a function")
+    if "tests" in raw:
+        tests = [raw["tests"]] if isinstance(raw["tests"], str) else raw["tests"]
+        if not names or not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
+            raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
+        return [TestCodeCase(f"{raw.get('setup') or ''}\n{test}", names) for test in tests]
+    if "cases" in raw:
+        if len(names) != 1:
+            raise ValueError("tests: with `cases`, one entry_point is needed")
+        return [_call_case(names[0], item) for item in raw["cases"]]
+    inputs, outputs = raw.get("inputs"), raw.get("outputs")
+    if not isinstance(inputs, list | tuple) or not isinstance(outputs, list | tuple) or len(inputs) != len(outputs):
+        raise ValueError(
+            f"tests: keys {sorted(raw)}: `tests`, `cases`, or `inputs` and `outputs` of equal length are needed"
+        )
+    pairs = list(zip(inputs, outputs, strict=True))
+    if names:
+        return [_call_case(names[0], {"args": args, "output": output}) for args, output in pairs]
+    return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+
+
+def _stdin_case(item: Any) -> StdinCase:
+    if (
+        not isinstance(item, Mapping)
+        or not isinstance(item.get("input"), str)
+        or not isinstance(item.get("output"), str)
+    ):
+        raise ValueError(f"tests: case {str(item)[:80]!r} is not allowed; {{input: text, output: text}}")
+    return StdinCase(item["input"], item["output"])
+
+
+def _call_case(name: str, item: Any) -> CallCase:
+    if not isinstance(item, Mapping) or not isinstance(item.get("args"), list | tuple):
+        raise ValueError(f"tests: case {str(item)[:80]!r} is not allowed; {{args: [...], output: value}}")
+    if ("output" in item) == ("expected" in item):
+        raise ValueError(f"tests: case {str(item)[:80]!r} needs either `output` or `expected`")
+    output = item["output"] if "output" in item else item["expected"]
+    return CallCase(name, tuple(item["args"]), output, dict(item.get("kwargs") or {}))
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether a program printed what it should have.
+
+    >>> same_output("1 2 \\n3.0000001\\n\\n", "1 2\\n3.0")
+    True
+    """
+    ours, theirs = _lines(printed), _lines(expected)
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def _same_line(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    ours, theirs = printed.split(), expected.split()
+    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def _same_word(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    if "." not in expected:
+        return False
+    try:
+        ours, theirs = float(printed), float(expected)
+    except ValueError:
+        return False
+    return _close(ours, theirs)
+
+
+def same_value(returned: Any, expected: Any) -> bool:
+    """Whether a function returned what it should have; both are plain data.
+
+    >>> same_value((1, [2.0000001]), [1, [2.0]])
+    True
+    """
+    if isinstance(expected, float) and isinstance(returned, int | float):
+        return _close(float(returned), expected) if abs(returned) < 1e300 else returned == expected
+    if isinstance(expected, list | tuple):
+        if not isinstance(returned, list | tuple):
+            return isinstance(expected, list) and hasattr(returned, "__next__") and same_value(list(returned), expected)
+        return len(returned) == len(expected) and all(map(same_value, returned, expected))
+    if isinstance(expected, dict):
+        if not isinstance(returned, dict) or len(returned) != len(expected):
+            return False
+        # keys of a JSON object are always texts, those of the program's dict need not be
+        ours = (
+            returned if all(key in returned for key in expected) else {str(key): item for key, item in returned.items()}
+        )
+        return all(key in ours and same_value(ours[key], item) for key, item in expected.items())
+    return bool(returned == expected)
+
+
+def _close(ours: float, theirs: float) -> bool:
+    return ours == theirs or math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
