@@ -123,7 +123,7 @@ def idle_micro_batch(like: MicroBatch) -> MicroBatch:
     """A micro-batch of one short row whose every token is masked: what a rank computes when it has run out of rows while
     others have not, so that collectives stay in step. It adds exactly zero to the loss and to every gradient."""
     row = like.rows[0]
-    routes = None if row.routes is None else row.routes[:1]
+    routes = None if like.routes is None or row.routes is None else row.routes[:1]
     logprobs = None if row.sampling_logprobs is None else row.sampling_logprobs[:1]
     idle = Row(
         index=-1,

@@ -211,10 +211,12 @@ class Learner:
         return StepResult(loss, grad_norm, rate, skipped or not math.isfinite(loss), summed)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch], *, temperature: float) -> list[Scored]:
-        """What the current weights say about each of this rank's `batches`."""
+    def score(
+        self, batches: Sequence[MicroBatch], *, temperature: float, spare: MicroBatch | None = None
+    ) -> list[Scored]:
+        """What the current weights say about each of this rank's `batches`. spare: as in `step`."""
         self.module.train()
-        padded, num_chunks = self._in_step_with_other_ranks(batches)
+        padded, num_chunks = self._in_step_with_other_ranks(batches, spare)
         results = [self._score(batch.to(self.device), temperature, num_chunks) for batch in padded]
         return results[: len(batches)]
 

@@ -34,11 +34,13 @@ class ReferenceWeights:
         current = [holder.data for _, holder in holders]
         for name, holder in holders:
             holder.data = self.copies[name]
+        self._forget_gathered()
         try:
             yield
         finally:
             for (_, holder), data in zip(holders, current, strict=True):
                 holder.data = data
+            self._forget_gathered()
 
     def save(self, path: str) -> None:
         save_file({name: tensor.contiguous().cpu() for name, tensor in self.copies.items()}, path)
@@ -48,12 +50,13 @@ class ReferenceWeights:
             self.copies[name] = tensor.to(self.copies[name].device)
 
     def _holders(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What holds this rank's numbers: the parameter; under ZeRO-3 its shard, and the parameter too where it stays whole."""
+        """What holds this rank's numbers: the parameter, or its shard under ZeRO-3."""
         for name, parameter in self.policy.named_parameters():
-            shard = getattr(parameter, "ds_tensor", None)
-            if shard is None:
-                yield name, parameter
-                continue
-            yield f"{name}#shard", shard
-            if parameter.numel() == parameter.ds_numel:  # small parameters persist ungathered under ZeRO-3
-                yield name, parameter
+            yield name, getattr(parameter, "ds_tensor", parameter)
+
+    def _forget_gathered(self) -> None:
+        """ZeRO-3 keeps small parameters gathered between uses: let go of them, so that the next use reads the shards anew."""
+        for parameter in self.policy.parameters():
+            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+                parameter.ds_active_sub_modules.clear()
+                parameter.partition(has_been_updated=False)

@@ -7,7 +7,7 @@ rows by row number, so it is the same set of rows on any number of ranks; groups
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,11 +16,11 @@ from rl.distributed import sum_over_ranks, sum_tensor_over_ranks
 from rl.grpo.loss import loss_divisor, policy_loss, summarize_metrics
 from rl.grpo.mismatch import logprob_mismatch, routing_disagreement, summarize_mismatch
 from rl.policy.moe import expert_load
-from rl.train.batching import MicroBatch, Row, make_micro_batch, pack_rows
+from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.experience import Experience
 from rl.train.learner import Learner, Scored, StepResult
 
-PROBE_ROWS = 4
+PROBE_ROWS = 8
 
 
 @dataclass(slots=True)
@@ -55,10 +55,10 @@ class GRPOUpdate:
     def run(self, experience: Experience, *, step: int, replay_routes: bool) -> UpdateResult:
         """All optimizer steps of GRPO step number `step` (0-based)."""
         rows = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=replay_routes)
-        probe = self._probe_without_replay(rows) if replay_routes else {}
         mini_batches = self._split(rows, experience)
-        self._score_before_update(mini_batches)
         spare = next(batch for mini in mini_batches for batch in mini.batches)
+        probe = self._probe_without_replay(rows, spare) if replay_routes else {}
+        self._score_before_update(mini_batches)
         results, first = [], step * self.section.num_iterations * len(mini_batches)
         for iteration in range(self.section.num_iterations):
             for m, mini in enumerate(mini_batches):
@@ -128,20 +128,28 @@ class GRPOUpdate:
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.ref_logprobs = logprobs.cpu()
 
-    def _probe_without_replay(self, rows: Sequence[Row]) -> dict[str, float]:
-        """What the mismatch would be if the update let its own router choose: measured on a few rows, before the update."""
-        few = [row for row in rows if row.routes is not None][:PROBE_ROWS]
-        batch = make_micro_batch(few)
-        recorded, batch.routes = batch.routes, None
-        [scored] = self.learner.score([batch], temperature=self.temperature)
-        sums: dict[str, torch.Tensor] = {}
-        if batch.sampling_logprobs is not None:
-            sums |= logprob_mismatch(batch.sampling_logprobs, scored.logprobs.cpu(), batch.present)
-        if recorded is not None and scored.routes is not None:
-            sums |= routing_disagreement(recorded, scored.routes.cpu())
+    def _probe_without_replay(self, rows: Sequence[Row], spare: MicroBatch) -> dict[str, float]:
+        """What the mismatch would be if the update let its own router choose: measured on the step's first rows, before the update."""
+        few = [row for row in rows if row.index < PROBE_ROWS]
+        batches = pack_rows(few, max_tokens=self.micro_batch_tokens)
+        recorded = [batch.routes for batch in batches]
+        for batch in batches:
+            batch.routes = None
+        nothing = torch.zeros(0, *spare.routes.shape[1:]) if spare.routes is not None else None
+        sums: dict[str, torch.Tensor] = logprob_mismatch(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        if nothing is not None:
+            sums |= routing_disagreement(nothing, nothing)
+        free = replace(spare, routes=None)
+        for batch, routes, scored in zip(
+            batches, recorded, self.learner.score(batches, temperature=self.temperature, spare=free), strict=True
+        ):
+            assert batch.sampling_logprobs is not None and routes is not None and scored.routes is not None
+            found = logprob_mismatch(batch.sampling_logprobs, scored.logprobs.cpu(), batch.present)
+            found |= routing_disagreement(routes, scored.routes.cpu())
+            sums = {name: value + found[name] for name, value in sums.items()}
         totals = sum_over_ranks({name: float(value) for name, value in sums.items()}, self.learner.device)
-        found = summarize_mismatch(totals)
-        return {name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in found.items()}
+        summary = summarize_mismatch(totals)
+        return {name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in summary.items()}
 
     def _expert_load(self, minis: Sequence[MiniBatch]) -> torch.Tensor | None:
         """Tokens that each expert of each MoE layer got in this step, (Lm, E), over all ranks."""
