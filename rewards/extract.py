@@ -237,14 +237,22 @@ def is_direct(text: str) -> bool:
         return False
 
 
+# Words of a sentence; where one of them stands behind a value, the words are no unit.
+_SENTENCE_WORDS = frozenset(
+    "is are was were be the so we it that which because since if then therefore thus hence i you they he she not but has have "
+    "had will would can this these those when where while as for".split()
+)
+
+
 def _is_mathematics(node: Node) -> bool:
     if node.kind == "text":
         return False
     if node.kind == "unit":
-        words = node.text.split()
-        return len(words) <= 6 and not any(word[0].isdigit() for word in words) and node.args[0].kind != "symbol" and _is_mathematics(node.args[0])
+        words = node.text.lower().split()
+        unit_like = len(words) <= 6 and not any(word[0].isdigit() or word in _SENTENCE_WORDS for word in words)
+        return unit_like and node.args[0].kind != "symbol" and _is_mathematics(node.args[0])
     if node.kind == "relation":
-        named = node.args[0].kind in ("text", "unit", "mul")
+        named = node.args[0].kind in ("text", "unit")
         return all(_is_mathematics(arg) for arg in (node.args[1:] if named else node.args))
     return all(_is_mathematics(arg) for arg in node.args)
 

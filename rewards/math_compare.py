@@ -124,8 +124,8 @@ def _split_unit(node: Node) -> tuple[str, Node]:
         return f"{inner_unit} {node.text}".strip(), inner
     if node.kind == "degree":
         return "degree", node.args[0]
-    if node.kind == "list" and node.text in (",", "{") and len(node.args) > 1 and all(arg.kind == "text" for arg in node.args[1:]):
-        return _split_unit(node.args[0])
+    if node.kind == "list" and node.args[0].kind != "text" and all(arg.kind == "text" for arg in node.args[1:]):
+        return _split_unit(node.args[0])  # `72, in total`
     if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
         unit, last = _split_unit(node.args[-1])
         return unit, Node("relation", (*node.args[:-1], last), node.text)

@@ -135,6 +135,8 @@ def _text_tokens(content: str) -> list[Token]:
             tokens.append(Token("number", piece, True))
         elif piece in ",;:/^()":
             tokens.append(Token("op", piece))
+        elif len(piece) == 1 and piece.isupper():
+            tokens.append(Token("letter", piece, True))
         else:
             tokens.append(Token("word", piece, True))
     return tokens
