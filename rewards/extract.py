@@ -44,7 +44,7 @@ _BARE = re.compile(r"[^\s${}\\]+")
 _MARKER = re.compile(
     r"####"
     r"|^[ \t]*\**A\**:"
-    r"|\b(?:final\s+|correct\s+|right\s+)?(?:answer|solution)s?\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
+    r"|\b(?:final\s+|correct\s+|right\s+)?(?:ans|answers?|solutions?)\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
     r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=|(?=\s*(?:\$|\\\(|\\\[)))"
     r"|答案\s*(?:是|为|：|:|应该是)?"
     r"|\br[ée]ponse\s+(?:finale\s+)?(?:est|:)|\brespuesta\s+(?:final\s+)?(?:es|:)|\bAntwort\s+(?:ist|lautet|:)"
@@ -58,13 +58,18 @@ _NUMBER = re.compile(
     r"(?:\\[dt]?frac\s?\{[^{}]{1,60}\}\s?\{[^{}]{1,60}\}|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
     r"(?:\s?\\?%)?"
 )
-_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _RESULT = re.compile(r"(?:=|≈|\\approx)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n")
 # Between two boxes that state one answer together: punctuation, delimiters, a few words and a joining mark.
-_FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\].\s]")
-_JOINING = re.compile(r"\A(?:[A-Za-z]{1,20} ){0,2}(?:(?:,|;|and|or|、|和|或|et|y|und) ?)*\Z", re.IGNORECASE)
+_FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\]\s]")
+_JOINING = re.compile(
+    r"\A(?:(?:[A-Za-z]{1,20} ){0,2}(?:(?:,|;|and|or|、|和|或|et|y|und) )+(?:[A-Za-z](?:_[0-9])? = )?)?\Z", re.IGNORECASE
+)
 _CONNECTIVE = re.compile(r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)|[:：]\s*|=\s*", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|not|isn't|neither|could be|might be)\b|或|不是", re.IGNORECASE)
+_REJECTED = re.compile(r",?\s+(?:but\s+)?(?:not|instead of|rather than)\s+(?:\$|\\\(|\d).*\Z", re.DOTALL)
+_CALCULATION = re.compile(r"[\d\s.,+\-*/×÷()$%]+(?==|\Z)")
+_PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'$%:;!?-]+[^\W\d_]*)*")
 _CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
 
 
@@ -205,16 +210,12 @@ def _last_marked(text: str, *, after: int) -> Extraction | None:
     marks = [match for match in _MARKER.finditer(text) if match.start() >= after]
     for match in reversed(marks[-8:]):
         phrase = _marked_text(text, match.end())
-        if not phrase or (after >= 0 and not _has_value(phrase)):
+        if not phrase or (after >= 0 and not re.search(r"[\d$\\]", phrase)):
             continue
         answer = _phrase(phrase, strict=False)
         if answer is not None:
             return Extraction(answer, match.group().strip(" \t\n*").lower() or "answer")
     return None
-
-
-def _has_value(phrase: str) -> bool:
-    return bool(re.search(r"[\d$\\]", phrase)) or len(phrase.split()) <= 3
 
 
 def _marked_text(text: str, position: int) -> str:
@@ -259,32 +260,51 @@ def _is_mathematics(node: Node) -> bool:
 
 def _phrase(phrase: str, *, strict: bool) -> str | None:
     """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its only number, or words."""
-    phrase = strip_edges(phrase)
+    phrase = strip_edges(phrase if strict else _REJECTED.sub("", phrase))
     if not phrase or is_direct(phrase):
         return phrase or None
     spelled = number_from_words(phrase)
     if spelled is not None:
         return str(spelled)
-    segments = [Span(m.start(), m.end(), next(filter(None, m.groups()))) for m in _MATH.finditer(phrase)]
-    pieces = _CONNECTIVE.split(phrase)
-    if segments and not strict and not (is_direct(pieces[-1]) and phrase.endswith(pieces[-1]) and "$" not in pieces[-1]):
+    if strict and _HEDGE.search(phrase):
+        return None
+    segments = _formulas(phrase)
+    right = _behind_connective(phrase)
+    if right is not None and not (strict and _numbers(_CALCULATION.sub(" ", phrase[: phrase.rindex(right)]), right)):
+        return right
+    if segments and not strict:
         return ", ".join(_last_cluster(phrase, segments))
-    if len(pieces) > 1 and not (strict and _HEDGE.search(phrase)):
-        right = strip_edges(pieces[-1])
-        if right and is_direct(right) and not (strict and _numbers(" ".join(pieces[:-1]), right)):
-            return right
-    numbers = _numbers(phrase, "")
+    numbers = _numbers(phrase)
     if len(numbers) == 1:
-        return None if strict and _HEDGE.search(phrase) else numbers[0]
-    if len(numbers) > 1:
-        return None if strict else numbers[-1]
+        return numbers[0] if not strict or _PROSE.fullmatch(phrase.replace(numbers[0], "")) else None
+    if numbers:
+        return None if strict else _last_numbers(phrase)
     return ", ".join(dict.fromkeys(span.content for span in segments)) if segments else phrase
 
 
-def _numbers(text: str, but: str) -> list[str]:
+def _formulas(text: str) -> list[Span]:
+    return [Span(match.start(), match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
+
+
+def _behind_connective(phrase: str) -> str | None:
+    """The mathematics behind the last `is`, `are`, `=` or colon, when it is mathematics to the end."""
+    right = strip_edges(_CONNECTIVE.split(phrase)[-1])
+    return right if right and right != phrase and right in phrase and is_direct(right) else None
+
+
+def _numbers(text: str, but: str = "") -> list[str]:
     """Distinct numbers in running text, without `but`."""
     found = [match.group().strip() for match in _NUMBER.finditer(text)]
     return [number for number in dict.fromkeys(found) if number != but]
+
+
+def _last_numbers(text: str) -> str:
+    """The last number of running text, with those that `and`, `or` or a comma join to it (`the roots are 2 and 3`)."""
+    matches = list(_NUMBER.finditer(text))
+    first = len(matches) - 1
+    while first > 0 and re.fullmatch(r",?\s*(?:and|or|,)\s*", text[matches[first - 1].end() : matches[first].start()]):
+        first -= 1
+    return ", ".join(match.group().strip() for match in matches[first:])
 
 
 # The last sentence
@@ -329,25 +349,34 @@ def _last_result(text: str) -> str | None:
 def _sentence_answer(sentence: str, result: str | None) -> str | None:
     if len(sentence) > MAX_ANSWER_CHARS:
         return None
-    bold = re.findall(r"\*\*([^*\n]{1,80})\*\*", sentence)
-    if bold and (numbers := _numbers(bold[-1], "")):
+    bold = [text for text in re.findall(r"\*\*([^*\n:：]{1,80})\*\*(?!\s*[:：])", sentence)]
+    if bold and (is_direct(bold[-1]) or not _numbers(sentence)):
+        return strip_edges(bold[-1])
+    if bold and (numbers := _numbers(bold[-1])):
         return numbers[-1]
-    segments = [Span(m.start(), m.end(), next(filter(None, m.groups()))) for m in _MATH.finditer(sentence)]
+    segments = _formulas(sentence)
+    right = _behind_connective(sentence)
+    if segments and right is not None and "$" not in right and re.search(r"\d", right):
+        return right
     if segments:
         cluster = _last_cluster(sentence, segments)
         behind = sentence[segments[-1].end :].strip()
         unit = re.match(r"(?:[A-Za-z]+\s?){1,3}(?=\.?\Z)|\\?%", behind)
         return _right_side(", ".join(cluster)) + (f" {unit.group()}" if unit and len(cluster) == 1 else "")
     if "=" in sentence:
-        right = sentence.rpartition("=")[2]
-        if numbers := _numbers(right, ""):
+        behind = sentence.rpartition("=")[2]
+        if numbers := _numbers(behind):
             return numbers[0]
-    spelled = [str(value) for m in NUMBER_WORDS.finditer(sentence) if (value := number_from_words(m.group())) is not None]
-    numbers = _numbers(sentence, "")
+    spelled = [
+        str(value) for match in NUMBER_WORDS.finditer(sentence) if (value := number_from_words(match.group())) is not None
+    ]
+    numbers = _numbers(sentence)
     for number in (*numbers, *spelled):
         if result is not None and _same_digits(number, result):
             return number
     outright = [number for number in numbers if not _is_aside(sentence, number)]
+    if outright and outright[-1] == numbers[-1]:
+        return _last_numbers(sentence)
     return (outright or numbers or spelled or [None])[-1]
 
 

@@ -63,11 +63,17 @@ _WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathit|m
 _THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
+_CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?([ap])\.\s?m\.?(?:\s*\})?(?![a-z])", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
 _DOUBLED = re.compile(r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|cdot|times|infty|left|right|pm|cup|circ|in|le|ge|boxed|begin|end)(?![a-zA-Z]))")
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\$+|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]")
+
+
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname|emph|boxed|hbox)\s*(?=\{)"
+)
 
 
 def check_visible(text: str) -> str:
@@ -122,13 +128,24 @@ def clean_math(text: str) -> str:
     text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
     text = text.replace("\\\\%", "\\%").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
     text = _THOUSANDS_LATEX.sub("", _DOUBLED.sub(r"\\", text))
+    text = _CLOCK.sub(lambda match: f" {match.group(1).lower()}m", text)
     text = strip_math_delimiters(_CURRENCY.sub(" ", _BOLD.sub(r"\1", text)))
     text = _WRAPPERS.sub("", text)
     text = _SPACING.sub(" ", text.replace("\\!", ""))
     text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", text))
-    text = strip_edges(text)
+    text = strip_edges(" ".join(text.split()))
     text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
     return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def plain_letters(text: str) -> str:
+    """`text` without LaTeX text commands, braces and math delimiters; case and punctuation stay.
+
+    >>> plain_letters(r"\\textbf{(C)}\\ 12")
+    '(C) 12'
+    """
+    text = strip_math_delimiters(_TEXT_COMMAND.sub("", check_visible(text).translate(_SIGNS)))
+    return " ".join(_SPACING.sub(" ", text).replace("{", "").replace("}", "").split())
 
 
 def plain_words(text: str) -> str:
@@ -138,11 +155,8 @@ def plain_words(text: str) -> str:
     >>> plain_words(r"\\text{The Ellipse}.")
     'ellipse'
     """
-    text = check_visible(text).translate(_SIGNS)
-    text = strip_math_delimiters(text)
-    text = re.sub(r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname|emph|boxed|hbox)\s*(?=\{)", "", text)
-    text = _SPACING.sub(" ", text).replace("{", "").replace("}", "").casefold()
+    text = plain_letters(text).casefold()
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     text = re.sub(r"(?<=\d)\s+(?=[ap]m\b)", "", text)
-    text = re.sub(r"[\s\"'`*.,;:!?]*\Z|\A[\s\"'`*.,;:!?]*", "", text)
+    text = text.strip(" \t\n\r\"'`*.,;:" + ("" if any(map(str.isdigit, text)) else "!?"))
     return " ".join(word for word in re.split(r"\s+", text) if word not in ("the", "a", "an"))

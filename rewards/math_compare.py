@@ -22,7 +22,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from rewards.latex_text import HostileText, clean_math, plain_words
+from rewards.latex_text import HostileText, clean_math, plain_letters, plain_words, strip_edges
 from rewards.math_eval import (
     TooLarge,
     Undefined,
@@ -68,6 +68,9 @@ def compare_texts(gold: str, answer: str) -> Match:
         words = plain_words(gold)
         if words and words == plain_words(answer):
             return Match(True, "same words")
+        shortcut = _same_clock(words, plain_words(answer)) or _same_choice(gold, answer) or _same_spaced_list(gold, answer)
+        if shortcut is not None:
+            return shortcut
     except HostileText as error:
         return Match(False, str(error))
     try:
@@ -79,6 +82,37 @@ def compare_texts(gold: str, answer: str) -> Match:
     except MathSyntaxError:
         return Match(False, "answer is no expression", decided=not _looks_mathematical(answer))
     return compare_trees(gold_tree, answer_tree)
+
+
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s?([ap]m)?")
+_LABELLED = re.compile(r"\(?([A-H])[).:]\s*(?=\S)(.+)|\(([A-H])\)\s*(.+)", re.DOTALL)
+
+
+def _same_clock(gold: str, answer: str) -> Match | None:
+    """Times of day, at least one of them with am or pm: `9 am` is `9:00 a.m.`; a missing half of the day is forgiven."""
+    left, right = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(answer)
+    if left is None or right is None or not (left.group(3) or right.group(3)) or not (left.group(2) or right.group(2)):
+        return None
+    same_time = int(left.group(1)) == int(right.group(1)) and (left.group(2) or "00") == (right.group(2) or "00")
+    halves = {left.group(3), right.group(3)} - {None}
+    return Match(same_time and len(halves) == 1, "time of day")
+
+
+def _same_choice(gold: str, answer: str) -> Match | None:
+    """The reference is an option's letter and the answer is `(C) 12`: the letter decides."""
+    letter = re.fullmatch(r"\(?([A-H])\)?", plain_words(gold).upper())
+    labelled = _LABELLED.fullmatch(plain_letters(answer))
+    if letter is None or labelled is None:
+        return None
+    return Match((labelled.group(1) or labelled.group(3)) == letter.group(1), "option letter")
+
+
+def _same_spaced_list(gold: str, answer: str) -> Match | None:
+    """`100,200` may be a list or a number; it is the list `100, 200` when the answer writes it so."""
+    if not re.search(r"\d,\d{3}(?!\d)", gold) or not re.search(r"\d,\s", answer):
+        return None
+    same = re.sub(r",\s+", ",", strip_edges(gold)) == re.sub(r",\s+", ",", strip_edges(answer))
+    return Match(True, "same list") if same else None
 
 
 def _looks_mathematical(text: str) -> bool:
@@ -293,7 +327,7 @@ def _same_relation(gold: Node, answer: Node) -> str | None:
         return _relation_against_value(gold, answer)
     gold_label, answer_label = _label(gold), _label(answer)
     if gold_label and answer_label:
-        if gold_label == answer_label:
+        if gold_label == answer_label or _both_name_a_function(gold.args[0], answer.args[0]):
             return _same(gold.args[-1], answer.args[-1]) or ""
     elif gold.text == answer.text == "in":
         return _same(gold.args[1], answer.args[1]) if canonical(gold.args[0]) == canonical(answer.args[0]) else ""
@@ -341,6 +375,12 @@ def _label(relation: Node) -> str:
     if relation.kind != "relation" or set(relation.text.split()) - {"="} or not _is_name(relation.args[0]):
         return ""
     return canonical(relation.args[0])
+
+
+def _both_name_a_function(left: Node, right: Node) -> bool:
+    """`y` and `f(x)`."""
+    first, second = sorted((left, right), key=lambda node: node.kind)
+    return first.kind == "opaque" and first.text in ("f", "g", "h") and second.kind == "symbol" and second.text == "y"
 
 
 def _is_name(node: Node) -> bool:
@@ -474,7 +514,23 @@ def _ordered_by_names(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
 # Numbers and expressions
 
 
+_UNIT_LETTERS = frozenset("m s g h L l N J W V K A".split())
+
+
+def _without_unit_letters(node: Node) -> Node:
+    """`12 m/s` reads as a product of variables; drop trailing letters that are units."""
+    if node.kind == "div" and node.args[1].kind == "symbol" and node.args[1].text in _UNIT_LETTERS:
+        return _without_unit_letters(node.args[0])
+    if node.kind == "mul" and node.args[0].kind in ("number", "div", "neg", "root"):
+        letters = [arg.args[0] if arg.kind == "pow" else arg for arg in node.args[1:]]
+        if all(letter.kind == "symbol" and letter.text in _UNIT_LETTERS for letter in letters):
+            return node.args[0]
+    return node
+
+
 def _same_value(gold: Node, answer: Node) -> str | None:
+    if not free_symbols(gold):
+        answer = _without_unit_letters(answer)
     left, right = exact_value(gold), exact_value(answer)
     if left is not None and right is not None:
         return _same_number(gold, answer, left, right)

@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Literal
 
 from rewards.latex_text import clean_math
+from rewards.number_words import number_from_words
 from rewards.math_tokens import END, MathSyntaxError, Token, tokenize
 
 NodeKind = Literal[
@@ -205,6 +206,8 @@ class _Parser:
                 left = Node("opaque", (left, self._factor()), "mod")
             elif token.kind == "word" or (token.kind == "op" and token.text == "/" and self.peek(1).kind == "word"):
                 left = self._unit(left)
+            elif token.text == "(" and self.peek(1).kind == "word" and self._bracketed_words():
+                left = Node("unit", (left,))
             elif self._starts_factor(token):
                 left = _times(left, self.parse_power())
             else:
@@ -255,7 +258,7 @@ class _Parser:
                 words.append("per" if token.text == "/" else "")
             elif token.kind == "op" and token.text == "/" and self.peek(1).kind == "word":
                 words.append("per")
-            elif token.kind == "letter" and token.spaced and words:
+            elif token.kind == "letter" and words and (token.spaced or words[-1] == "per"):
                 words.append(token.text)
             elif token.kind == "op" and token.text == "^" and words:
                 self.at += 1
@@ -279,7 +282,7 @@ class _Parser:
     def _bracketed_words(self) -> bool:
         """Skips `(some words)` behind a unit."""
         ahead = 1
-        while self.peek(ahead).kind in ("word", "letter", "number"):
+        while self.peek(ahead).kind in ("word", "letter", "number") or self.peek(ahead).text == "-":
             ahead += 1
         if ahead > 1 and self.peek().text == "(" and self.peek(ahead).text == ")":
             self.at += ahead + 1
@@ -370,7 +373,7 @@ class _Parser:
     def parse_atom(self) -> Node:
         token = self.take()
         if token.kind == "number":
-            return _number(token.text)
+            return self._repeating(token.text) or _number(token.text)
         if token.kind in ("letter", "constant"):
             return self._applied(_name(token))
         if token.kind == "word":
@@ -388,6 +391,22 @@ class _Parser:
             self.bars -= 1
             return Node("abs", (inner,))
         raise MathSyntaxError(f"unexpected {token.text!r}" if token is not END else "the expression breaks off")
+
+    def _repeating(self, leading: str) -> Node | None:
+        """`0.1\\overline{6}`: a decimal with repeating digits, as an exact fraction."""
+        point = self.peek().text == "."
+        mark = self.peek(1 if point else 0)
+        if mark.text not in ("overline", "bar") or not (point or "." in leading):
+            return None
+        start = self.at
+        self.at += 2 if point else 1
+        digits = self._argument_text()
+        if not digits.isdigit() or len(digits) > 40:
+            self.at = start
+            return None
+        shift = 10 ** len(leading.partition(".")[2])
+        value = Fraction(leading) + Fraction(int(digits), (10 ** len(digits) - 1) * shift)
+        return Node("number", (), f"{leading}({digits})", value)
 
     def _words(self, first: Token) -> Node:
         words = [first.text]
@@ -544,8 +563,10 @@ def _times(left: Node, right: Node) -> Node:
 
 
 def _subscripted(node: Node, subscript: str) -> Node:
-    if node.kind == "number" and subscript.isdigit():
-        return Node("based", (), f"{node.text}_{int(subscript)}" if len(subscript) < 6 else "_")
+    if node.kind == "number":
+        base = int(subscript) if subscript.isdigit() and len(subscript) < 6 else number_from_words(subscript)
+        if base is not None:
+            return Node("based", (), f"{node.text}_{base}")
     if node.kind in ("symbol", "opaque", "constant"):
         return Node("symbol", node.args, f"{node.text}_{subscript}")
     raise MathSyntaxError("a subscript on a value")

@@ -19,29 +19,27 @@ FUNCTIONS = frozenset(
     "min det arg sgn asin acos atan deg binomial binom factorial".split()
 )
 CONSTANTS = {
-    "pi": "pi", "infty": "infinity", "infinity": "infinity", "inf": "infinity", "oo": "infinity", "emptyset": "emptyset",
-    "euler": "e",
-}  # fmt: skip
+    "pi": "pi", "infty": "infinity", "infinity": "infinity", "inf": "infinity", "oo": "infinity", "euler": "e"}  # fmt: skip
 GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega Gamma "
     "Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar".split()
 )
 # Commands that the parser knows by name.
 SYNTAX = frozenset(
-    "frac sqrt binom begin end cdot times pm mp le ge ne approx in cup cap setminus circ ldots wedge vee equiv sim notin "
+    "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee equiv sim notin "
     "rightarrow Rightarrow Leftrightarrow sum prod int lim mathbb lfloor rfloor lceil rceil overline bar vec hat prime cong "
     "langle rangle angle triangle forall exists subset subseteq neg bmod pmod mod perp parallel tilde widehat overrightarrow".split()
 )
 _TEXT_COMMANDS = frozenset("text mbox textbf textit textrm textnormal mathrm operatorname emph hbox texttt textsf textup".split())
 
 _TOKEN = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?|\.\d+)"
+    r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"|\\(?P<command>[a-zA-Z]+)\*?"
     r"|(?P<word>[^\W\d_]+)"
     r"|(?P<op>\\\\|\\\{|\\\}|\*\*|<=|>=|!=|==|=>|->|[-+*/^_(){}\[\]|,;:=<>!'%&\"#@?.])"
     r"|(?P<space>\s+)"
 )
-_SCIENTIFIC = re.compile(r"(?<![a-zA-Z\d])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,12})(?![\w.])")
+_SCIENTIFIC = re.compile(r"(?<![a-zA-Z0-9])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,12})(?![\w.])")
 _BALANCED_TEXT = re.compile(r"\{([^{}]*)\}")
 
 
@@ -146,7 +144,7 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
     """A run of letters outside of \\text: one letter is a variable, known names are functions or constants, two or three
     letters right behind other mathematics are a product of variables, the rest is a word."""
     if len(word) == 1:
-        return [Token("letter", word, spaced)]
+        return [Token("letter" if word.isascii() or "\u0370" <= word <= "\u03ff" else "word", word, spaced)]
     lower = word.lower()
     if lower in ("and", "or"):
         return [Token("op", lower, spaced)]

@@ -1,17 +1,14 @@
-"""The last resort of `accuracy`: math-verify (sympy), run only in a worker that can be killed.
+"""The guard in front of the last resort of `accuracy`, math-verify (sympy), which runs only in `rewards.symbolic_worker`.
 
-In: reference and answer as text. Out: whether math-verify finds them equal. `worth_trying` is the static guard in front of it:
-text that is long, deeply nested or holds large powers or factorials never reaches sympy. math-verify's own time limits use
-signals of the main thread, so they are switched off here; the pool's hard limit takes their place.
+In: a text. Out: whether it may be given to sympy at all. Text that is long, deeply nested or holds large powers or factorials
+never reaches it; what passes still runs under the hard limits of the pool.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
 
-FUNCTION = "rewards.symbolic:verify_answer"
+FUNCTION = "rewards.symbolic_worker:verify_answer"
 TIME_LIMIT_S = 1.0
 MAX_CHARS = 300
 _MAX_DEPTH = 12
@@ -40,24 +37,3 @@ def worth_trying(text: str) -> bool:
     return all(
         len(re.sub(r"\D", "", match.group(1) or match.group(2) or "")) <= _MAX_DIGITS_IN_POWER for match in _POWER.finditer(text)
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed_gold(gold: str) -> tuple[object, ...]:
-    from math_verify import parse
-
-    wrapped = gold if "$" in gold or "\\(" in gold or "\\[" in gold else f"${gold}$"
-    return tuple(parse(wrapped, parsing_timeout=None))
-
-
-def verify_answer(gold: str, answer: str) -> bool:
-    """math-verify's verdict. Call it in a worker only: it has no limits of its own.
-
-    A bare LaTeX reference is wrapped in dollar signs, without which math-verify reads only its last number.
-    """
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    golds = list(_parsed_gold(gold))
-    answers = parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
-    return bool(golds and answers and verify(golds, answers, timeout_seconds=None))
