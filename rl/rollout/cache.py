@@ -12,6 +12,7 @@ a small one makes prompts wait; one in which not even a single row fits is a use
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +44,14 @@ def plan_cache(
     row_bytes: int,
     prompt_bytes: int,
     budget: int,
-    min_slots: int = 1,
+    row_multiple: int = 1,
 ) -> CacheShape:
     """The largest cache for at most `rows` rows of `requests` groups of up to `group` rows within `budget` bytes.
 
     token_bytes: cache bytes per token over all layers. row_bytes, prompt_bytes: what else a row (outputs, routes) or a
     prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups
-    that linger on a last row. ValueError names rollout.cache_bytes when not even `min_slots` rows fit.
+    that linger on a last row. `slots` is a multiple of row_multiple. ValueError names rollout.cache_bytes when not
+    even the smallest rows fit.
     """
     prompt_tokens = -(-prompt_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     per_slot = own_tokens * token_bytes + row_bytes
@@ -61,20 +63,18 @@ def plan_cache(
     def fits(slots: int) -> bool:
         return slots * per_slot + prompts_for(slots) * per_prompt <= budget
 
-    if rows <= min_slots or not fits(min_slots):
-        least = min_slots * per_slot + per_prompt
+    if not fits(row_multiple):
+        least = row_multiple * per_slot + per_prompt
         if least > budget:
             raise ValueError(
-                f"rollout.cache_bytes = {budget}: must be at least {least}, what one row of "
-                f"{prompt_tokens} prompt and {own_tokens} new tokens takes"
+                f"rollout.cache_bytes = {budget}: must be at least {least}, what {row_multiple} row(s) of "
+                f"{prompt_tokens} prompt and {own_tokens} new tokens take"
             )
-        affordable = (budget - min_slots * per_slot) // per_prompt
-        return CacheShape(min_slots, min(requests, affordable, prompts_for(min_slots)), own_tokens, prompt_tokens)
-    low, high = min_slots, rows
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return CacheShape(low, prompts_for(low), own_tokens, prompt_tokens)
+        prompt_slots = min(requests, (budget - row_multiple * per_slot) // per_prompt)
+        return CacheShape(row_multiple, prompt_slots, own_tokens, prompt_tokens)
+    candidates = range(row_multiple, rows + row_multiple, row_multiple)
+    slots = candidates[bisect_left(candidates, True, key=lambda n: not fits(n)) - 1]
+    return CacheShape(slots, prompts_for(slots), own_tokens, prompt_tokens)
 
 
 def free_memory(device: torch.device) -> int:

@@ -118,7 +118,7 @@ def _attend(
         nope = query[..., : -weights.rope_dims].transpose(0, 1)
         absorbed = torch.bmm(nope, layer.absorb_k).transpose(0, 1)
         query = torch.cat((absorbed, query[..., -weights.rope_dims :]), dim=-1)
-    context = ops.attention(query, own, prompt, plan, weights.scale)[..., :rank]
+    context = ops.attention(query, own, prompt, plan, weights.scale, rank)
     if layer.absorb_v is not None:
         context = torch.bmm(context.transpose(0, 1), layer.absorb_v).transpose(0, 1)
     context = context.reshape(x.shape[0], -1)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from rl.rollout import ops
 from rl.rollout.cache import CacheShape, LatentCache, free_memory, plan_cache
 from rl.rollout.decode import Decoder, TorchDecoder, decode_step
-from rl.rollout.ops import MIN_MATMUL_ROWS
 from rl.rollout.prefill import Prefill
 from rl.rollout.sampling import Sampler
 from rl.rollout.scheduler import Row, Scheduler, Turnover
@@ -103,6 +103,8 @@ class _Rollout:
         limit = max(params.max_completion_length, 1)
         self.decoder: Decoder = TorchDecoder(policy, positions=longest_prompt + limit)
         routes_shape, routes_dtype = _routes_layout(policy.config)
+        # With this many rows, or a multiple, no elementwise loop ends within a row (see `ops.invariant_rows`).
+        self.row_multiple = ops.invariant_rows(policy.config.n_routed_experts or 1) if engine.batch_invariant else 1
         shape = self._cache_shape(requests, longest_prompt, limit, routes_shape, routes_dtype)
         config, dtype = policy.config, policy.lm_head.weight.dtype
         self.cache = LatentCache(
@@ -126,7 +128,10 @@ class _Rollout:
         )
         self.plans = PlanBuilder(self.state, self.cache)
         self.scheduler = Scheduler(
-            requests, slots=shape.slots, prompt_slots=shape.prompt_slots, admit_at_least=max(1, shape.slots // 8)
+            requests,
+            slots=min(shape.slots, self._most_rows(requests)),
+            prompt_slots=shape.prompt_slots,
+            admit_at_least=max(1, shape.slots // 8),
         )
         self.prompt_routes: dict[int, torch.Tensor] = {}
         self.groups: list[RolloutGroup | None] = [None] * len(requests)
@@ -143,24 +148,23 @@ class _Rollout:
         routes_dtype: torch.dtype,
     ) -> CacheShape:
         engine, config = self.engine, self.engine.policy.config
-        rows = sum(len(request.seeds) for request in requests)
-        # Fewer rows than a matmul needs for composition-independent bits are padded with idle ones.
-        min_slots = MIN_MATMUL_ROWS if engine.batch_invariant else 1
-        if engine.max_batch_size is not None:
-            rows = min(rows, engine.max_batch_size)
         element = engine.policy.lm_head.weight.element_size()
         return plan_cache(
             requests=len(requests),
             group=max(len(request.seeds) for request in requests),
-            rows=rows,
+            rows=self._most_rows(requests),
             own_tokens=limit,
             prompt_tokens=longest_prompt,
             token_bytes=config.num_hidden_layers * config.cache_width * element,
             row_bytes=RowState.row_bytes(limit, routes_shape, routes_dtype),
             prompt_bytes=config.vocab_size * element,
             budget=engine.cache_bytes if engine.cache_bytes is not None else free_memory(self.device),
-            min_slots=min_slots,
+            row_multiple=self.row_multiple,
         )
+
+    def _most_rows(self, requests: Sequence[RolloutRequest]) -> int:
+        rows = sum(len(request.seeds) for request in requests)
+        return rows if self.engine.max_batch_size is None else min(rows, self.engine.max_batch_size)
 
     def run(self) -> list[RolloutGroup]:
         ended: list[int] = []
@@ -200,12 +204,16 @@ class _Rollout:
         rows = self.scheduler.rows
         self.state.done[len(rows) :] = True  # vacated slots must stand still if they pad a step
         if rows and turnover.changed:
-            padded = rows + rows[:1] * (min(MIN_MATMUL_ROWS, self.state.slots) - len(rows))
+            padded = rows + rows[:1] * (self._padded(len(rows)) - len(rows))
             slots_of = [row.group.prompt_slot for row in padded]
             self.plans.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in padded])
             self.max_rows = max(self.max_rows, len(rows))
         if turnover.new_prompts:
             self.prefill_s += time.perf_counter() - began
+
+    def _padded(self, rows: int) -> int:
+        """How many rows a step computes for so many live ones; the others stand still."""
+        return min(max(-(-rows // self.row_multiple) * self.row_multiple, ops.MIN_MATMUL_ROWS), self.state.slots)
 
     def _decode(self) -> None:
         """steps_per_look steps, without looking at what they drew."""

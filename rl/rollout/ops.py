@@ -10,12 +10,21 @@ same bits for every row count >= 4 (measured with MKL on AVX-512), but others be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 MIN_MATMUL_ROWS = 4
+_LOOP_STEP = 32  # numbers that a vectorised elementwise loop takes at a time; the rest goes through other instructions
+
+
+def invariant_rows(num_experts: int) -> int:
+    """Batches whose row count is a multiple of this give each row the same bits: matmuls need four rows, and the
+    router's sigmoid over (N, E) needs N * E to be a whole number of vector steps (its scalar tail rounds
+    differently)."""
+    return math.lcm(MIN_MATMUL_ROWS, _LOOP_STEP // math.gcd(_LOOP_STEP, num_experts))
 
 
 @dataclass(slots=True)
@@ -73,12 +82,12 @@ def write_latent(
 
 
 def attention(
-    q: torch.Tensor, own: torch.Tensor, prompt: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor, own: torch.Tensor, prompt: torch.Tensor, plan: AttentionPlan, scale: float, rank: int
 ) -> torch.Tensor:
-    """Absorbed MLA decode: q (N, H, C+R) over prompt (P, Tp, C+R) and own (S, To, C+R) -> (N, H, C+R).
+    """Absorbed MLA decode: q (N, H, C+R) over prompt (P, Tp, C+R) and own (S, To, C+R) -> (N, H, C).
 
-    One softmax over the row's prompt and its own tokens; the values are the cache rows themselves, so the caller keeps
-    the first C columns. Rows stand at the slot of their number (row r in slot r).
+    One softmax over the row's prompt and its own tokens; the values are the first C = rank columns of the keys. Rows
+    stand at the slot of their number (row r in slot r).
     """
     rows, heads, width = q.shape
     keys = own[:rows, : plan.longest_own]
@@ -99,11 +108,11 @@ def attention(
     prompt_probs = probs[..., : plan.longest_prompt]
     if not plan.regular:
         prompt_probs = prompt_probs.index_select(0, plan.group_rows.view(-1))
-    from_prompt = torch.bmm(prompt_probs.reshape(groups, largest * heads, -1), prompt_keys)
-    from_prompt = from_prompt.view(groups * largest, heads, width)
+    from_prompt = torch.bmm(prompt_probs.reshape(groups, largest * heads, -1), prompt_keys[..., :rank])
+    from_prompt = from_prompt.view(groups * largest, heads, rank)
     if not plan.regular:
         from_prompt = from_prompt.index_select(0, plan.cell)
-    return torch.baddbmm(from_prompt, probs[..., plan.longest_prompt :], keys)
+    return torch.baddbmm(from_prompt, probs[..., plan.longest_prompt :], keys[..., :rank])
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

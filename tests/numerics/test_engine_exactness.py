@@ -1,4 +1,5 @@
-"""The sampler is the trainer: what the engine draws, reports and records equals the policy's own full forward (fp32)."""
+"""The sampler is the trainer: what the engine draws, reports and records equals the policy's own full forward
+(fp32)."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def make_requests(config: PolicyConfig, lengths: list[int], group: int) -> list[
     return requests
 
 
-def full_forward(policy: Policy, prompt: tuple[int, ...], tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def full_forward(
+    policy: Policy, prompt: tuple[int, ...], tokens: list[int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (T, V) that predict each completion token, and the routes of all prompt + completion tokens."""
     ids = torch.tensor([*prompt, *tokens])
     with torch.no_grad():
@@ -112,7 +115,8 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(name: str) -> None:
 
 
 def test_sampled_tokens_are_the_race_over_the_full_forward() -> None:
-    """Temperature, top-k, top-p and min-p: token t wins argmax(logprob - log noise(seed, t)) of the trainer's logits."""
+    """Temperature, top-k, top-p and min-p: token t wins argmax(logprob - log noise(seed, t)) of the trainer's
+    logits."""
     policy = make_policy(V3)
     params = SamplingParams(max_completion_length=20, temperature=1.3, top_p=0.9, top_k=12, min_p=0.01)
     requests = make_requests(V3, [4, 8], 2)
@@ -128,7 +132,8 @@ def test_sampled_tokens_are_the_race_over_the_full_forward() -> None:
             assert (sampling_logprobs(logits, sampler) - noise.log()).argmax(-1).tolist() == completion.token_ids
 
 
-# One row at a time, rows that overtake each other, a budget that admits two or three rows, looks at every fifth step, ...
+# One row at a time, rows that overtake each other, a budget that admits two or three rows, looks at every fifth step,
+# ...
 COMPOSITIONS = {
     "all at once": {},
     "one row": {"max_batch_size": 1},
