@@ -177,7 +177,7 @@ def _read_parquet(source: DataSource, key: str) -> Iterator[LocatedRow]:
 
 def _read_hub(source: DataSource, key: str) -> Iterator[LocatedRow]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     split = source.split or "train"
     try:
@@ -187,8 +187,9 @@ def _read_hub(source: DataSource, key: str) -> Iterator[LocatedRow]:
             f"{key}.source = {source.source!r}: is no reachable data set of the hub ({error}); allowed also: a path "
             f"that ends in .jsonl, .json, .csv or .parquet, or package.module:function"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{key}: {source.source!r}, config {source.config!r}, split {split!r}: {error}") from error
+    except (ValueError, DatasetGenerationError, StopIteration) as error:  # StopIteration: an empty file (datasets 5.2)
+        reason = str(error.__cause__ or error) or "one of its files is empty"
+        raise ValueError(f"{key}: {source.source!r}, config {source.config!r}, split {split!r}: {reason}") from error
     for index, row in enumerate(rows):
         yield LocatedRow(index, f"{source.source} ({split}), row {index + 1}", dict(row))
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rl.config import DataSection, DataSource, GeneratedTokenizer, SFTSection, TemplateSection, load_recipe
 from rl.data import load_problems, load_sft_rows, load_tokenizer, load_train_and_eval
+from rl.data.problems import normalise
 from rl.data.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -109,6 +110,11 @@ def test_held_out_prompts_must_not_be_trained_on(
         load_train_and_eval(data_section(tmp_path, train, same), tokenizer)
     load_train_and_eval(data_section(tmp_path, train, same, eval_overlap="warn"), tokenizer)
     assert "1 of 2 held-out problems" in caplog.text
+
+
+def test_prompts_are_compared_without_case_space_and_unicode_form() -> None:
+    assert normalise(" What  IS\n\u00bd of \uff14? ") == normalise("what is 1\u20442 of 4?") == "what is 1\u20442 of 4?"
+    assert normalise("1+1") != normalise("1+ 1")
 
 
 def test_without_held_out_rows_there_is_no_eval_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

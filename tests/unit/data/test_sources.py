@@ -169,6 +169,33 @@ def test_modules_that_are_not_there(tmp_path: Path) -> None:
     assert "there is no file" in refusal(DataSource(source="no_such_file.py:f"))
 
 
+@pytest.fixture
+def local_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `datasets` reads like a hub data set, without a network."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", '{"q": "99"}\n{"q": "1"}\n')
+    return tmp_path / "rows"
+
+
+def test_data_sets_go_through_datasets(local_data_set: Path) -> None:
+    rows = read_rows(DataSource(source=str(local_data_set), columns={"prompt": "q"}), key="data.train")
+    assert [row.columns for row in rows] == [{"prompt": "99"}, {"prompt": "1"}]
+    assert rows[1].place == f"{local_data_set} (train), row 2"
+
+
+def test_data_sets_that_cannot_be_had(local_data_set: Path) -> None:
+    assert 'Unknown split "tset"' in refusal(DataSource(source=str(local_data_set), split="tset"))
+    assert "config 'zz'" in refusal(DataSource(source=str(local_data_set), config="zz"))
+    assert "is no reachable data set of the hub" in refusal(DataSource(source=str(local_data_set / "none")))
+    assert "is no reachable data set of the hub" in refusal(DataSource(source="no-such-name/nothing-here"))
+    write(local_data_set / "train.jsonl", '{"q": "99"}\n{"q": "1')
+    assert f"data.train: '{local_data_set}'" in refusal(DataSource(source=str(local_data_set)))
+    write(local_data_set / "train.jsonl", "")
+    assert f"data.train: '{local_data_set}'" in refusal(DataSource(source=str(local_data_set)))
+
+
 def test_gsm8k_sample_gives_the_final_number() -> None:
     path = Path(__file__).parents[2] / "data" / "gsm8k_sample.jsonl"
     source = DataSource(
