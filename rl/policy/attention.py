@@ -9,16 +9,22 @@ right, attended with SDPA and unpadded. Right padding needs no mask: under a cau
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
-    varlen_attn = None  # type: ignore[assignment]
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """torch's variable-length kernel, None where torch lacks it. Imported late: it pulls in the compiler, 3 s on a laptop CPU."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return cast("Callable[..., Any]", varlen_attn)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +58,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayo
     """q, k: (T, H, Q), v: (T, H, V) -> softmax(q k^T * scale, causal, within each sequence) v: (T, H, V)."""
     width = max(q.shape[-1], v.shape[-1])
     if q.is_cuda and _varlen_works(q.device, q.dtype, width):
-        out = varlen_attn(
+        kernel = _varlen_attn()
+        assert kernel is not None
+        out = kernel(
             _widen(q, width),
             _widen(k, width),
             _widen(v, width),
@@ -120,6 +128,7 @@ def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
 @functools.cache
 def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the variable-length kernel runs, forward and backward, for this device, dtype and head width."""
+    varlen_attn = _varlen_attn()
     if varlen_attn is None or dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
         return False
     with torch.enable_grad():

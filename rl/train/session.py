@@ -21,7 +21,6 @@ from rl.data import load_tokenizer, sampling_stops
 from rl.distributed import is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
-from rl.rollout.hf_engine import HFEngine
 from rl.train.experience import TextOf
 from rl.train.learner import make_accelerator
 from rl.types import RolloutEngine, SamplingParams
@@ -59,6 +58,8 @@ class Session:
         """The engine that the recipe names, over the trainer's own policy."""
         rollout = self.recipe.rollout
         if rollout.engine == "hf":
+            from rl.rollout.hf_engine import HFEngine
+
             return HFEngine(policy, max_batch_size=rollout.max_batch_size, decode_text=self.tokenizer.decode)
         return Engine(
             policy,
