@@ -14,6 +14,7 @@ from rewards.base import Completion, Score, completion_text
 from rewards.code_runner import Limits
 from rewards.code_tests import Case, parse_tests
 from rewards.pool import VerifierPool, shared_pool
+from rewards.reward_entry import checked_by
 from rewards.tag_format import answer_block, format_fault
 
 _FENCE = "```"
@@ -21,6 +22,15 @@ _PYTHON = ("", "python", "py", "python3")
 _START_ALLOWANCE_S = 30.0
 
 
+def _check(**params: Any) -> None:
+    if params.get("scoring", "fraction") not in ("fraction", "all"):
+        raise ValueError(f"scoring: {params['scoring']!r} is not allowed; fraction or all")
+    for key in ("time_limit_s", "program_limit_s"):
+        if not params.get(key, 1.0) > 0:
+            raise ValueError(f"{key}: {params[key]!r} is not allowed; more than 0")
+
+
+@checked_by(_check)
 def code_reward(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
@@ -41,22 +51,23 @@ def code_reward(
     program. Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's
     code_reward.
 
-    Raises ValueError for tests that cannot be read, RuntimeError where nothing isolates.
+    Tests that cannot be read are an error of that row. Raises RuntimeError where nothing isolates.
 
         completion "<think>t</think><answer>print(input())</answer>"
         tests      [{"input": "a", "output": "a"}, {"input": "b", "output": "c"}]     ->  0.5
     """
-    if scoring not in ("fraction", "all"):
-        raise ValueError(f"scoring: {scoring!r} is not allowed; fraction or all")
     limits = Limits(case_s=time_limit_s, program_s=program_limit_s)
-    scores: list[Score | None] = [None] * len(completions)
+    scores = [Score(None, "the row has no tests")] * len(completions)
     jobs: dict[int, tuple[str, list[Case], Limits, bool]] = {}
     for row, (completion, raw) in enumerate(zip(completions, tests, strict=True)):
         if raw is None:
-            scores[row] = Score(None, "the row has no tests")
             continue
-        cases = _parse_row(raw, row)
         program, reason = extract_program(completion_text(completion), tagged=tagged)
+        try:
+            cases = parse_tests(raw)
+        except ValueError as error:
+            scores[row] = Score(None, str(error), rule="error")
+            continue
         if program is None:
             scores[row] = Score(0.0, reason, rule="no program")
         else:
@@ -65,17 +76,10 @@ def code_reward(
         "rewards.code_runner:run_program", list(jobs.values()), time_limit_s=program_limit_s + _START_ALLOWANCE_S
     )
     for (row, job), outcome in zip(jobs.items(), outcomes, strict=True):
-        if outcome.status == "error":
-            raise RuntimeError(f"row {row}: {outcome.error}")
+        if outcome.status == "error":  # no isolation here, or a fault of ours: never the program's
+            raise RuntimeError(outcome.error)
         scores[row] = _score(job[0], outcome.value, scoring)
-    return [score for score in scores if score is not None]
-
-
-def _parse_row(raw: Any, row: int) -> list[Case]:
-    try:
-        return parse_tests(raw)
-    except ValueError as error:
-        raise ValueError(f"row {row}: {error}") from error
+    return scores
 
 
 def _score(program: str, result: dict[str, Any] | None, scoring: str) -> Score:

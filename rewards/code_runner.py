@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.code_tests import CallCase, Case, StdinCase, TestCodeCase, same_output, same_value
-from rewards.sandbox import Sandbox, SandboxLimits
+from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
 
 _COMPILE_LIMIT_S = 5.0
@@ -36,34 +36,22 @@ def run_program(program: str, cases: Sequence[Case], limits: Limits, stop_at_fai
 
     Raises SandboxUnavailable when this machine isolates nothing.
     """
-    sandbox = _warm_sandbox("program", limits.sandbox)
-    deadline = time.monotonic() + limits.program_s
+    run = _ProgramRun(program, limits)
     passed, first_failure, timed_out = 0, "", False
-    loaded = sandbox.load(program, limit_s=min(limits.program_s, _COMPILE_LIMIT_S))
-    if loaded.status != "ok":
-        sandbox.clean()
-        return _result(0, len(cases), loaded.error or loaded.status, loaded.status == "timeout")
     for index, case in enumerate(cases):
-        left = deadline - time.monotonic()
-        failure = _run_case(sandbox, case, min(limits.case_s, left), limits) if left > 0 else _OUT_OF_TIME
+        failure = run.check(case)
         if failure == "":
             passed += 1
             continue
         timed_out = timed_out or failure.startswith("timeout")
-        first_failure = first_failure or f"case {index}: {failure}"
-        if stop_at_failure or failure is _OUT_OF_TIME:
+        first_failure = first_failure or (failure if run.broken else f"case {index}: {failure}")
+        if stop_at_failure or run.broken or failure is _OUT_OF_TIME:
             break
-        if failure.startswith("died"):  # a new sandbox knows nothing of the program
-            sandbox.load(program, limit_s=_COMPILE_LIMIT_S)
-    sandbox.clean()
-    return _result(passed, len(cases), first_failure, timed_out)
+    run.end()
+    return {"passed": passed, "total": len(cases), "failure": first_failure, "timed_out": timed_out}
 
 
 _OUT_OF_TIME = "timeout: the time for all cases together was used up"
-
-
-def _result(passed: int, total: int, failure: str, timed_out: bool) -> dict[str, Any]:
-    return {"passed": passed, "total": total, "failure": failure, "timed_out": timed_out}
 
 
 def _warm_sandbox(role: str, limits: SandboxLimits) -> Sandbox:
@@ -72,54 +60,89 @@ def _warm_sandbox(role: str, limits: SandboxLimits) -> Sandbox:
     return _sandboxes[role, limits]
 
 
-def _run_case(sandbox: Sandbox, case: Case, limit_s: float, limits: Limits) -> str:
-    """Why the case failed; empty when it passed."""
-    if isinstance(case, StdinCase):
-        result = sandbox.run(case.input, limit_s=limit_s)
-        if result.status != "ok":
-            return _told(result.status, result.error)
-        return "" if same_output(result.stdout, case.output) else f"wrong output: printed {result.stdout[:80]!r}"
-    opened = sandbox.open_program(limit_s=limit_s)
-    if opened.status != "ok":
-        return _told(opened.status, opened.error)
-    if isinstance(case, CallCase):
-        return _check_call(sandbox, case)
-    return _check_test(sandbox, case, limit_s, limits)
+class _ProgramRun:
+    """A program in its sandbox. Cases that read standard input each start it anew; function calls go to one started
+    program, as they would in one test session, and to a fresh one after a call that broke it."""
+
+    def __init__(self, program: str, limits: Limits) -> None:
+        self._program = program
+        self._limits = limits
+        self._deadline = time.monotonic() + limits.program_s
+        self._sandbox = _warm_sandbox("program", limits.sandbox)
+        self._loaded = False
+        self._open = False
+        self.broken = False  # it does not even compile
+
+    def check(self, case: Case) -> str:
+        """Why the case failed; empty when it passed."""
+        if self._left() <= 0:
+            return _OUT_OF_TIME
+        if not self._loaded:
+            result = self._sandbox.load(self._program, limit_s=min(self._left(), _COMPILE_LIMIT_S))
+            self._loaded = result.status == "ok"
+            self.broken = not self._loaded
+            if self.broken:
+                return _told(result)
+        if isinstance(case, StdinCase):
+            result = self._sandbox.run(case.input, limit_s=self._left())
+            self._loaded = result.status != "died"  # a new sandbox knows nothing of the program
+            if result.status != "ok":
+                return _told(result)
+            return "" if same_output(result.stdout, case.output) else f"wrong output: printed {result.stdout[:80]!r}"
+        return self._check_call(case) if isinstance(case, CallCase) else self._check_test(case)
+
+    def end(self) -> None:
+        self._sandbox.clean()
+
+    def _left(self) -> float:
+        return min(self._limits.case_s, self._deadline - time.monotonic())
+
+    def _call(self, request: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """What the program answered, or why it did not."""
+        if not self._open:
+            result = self._sandbox.open_program(limit_s=self._left(), total_s=self._limits.program_s)
+            self._open = result.status == "ok"
+        if self._open:
+            result = self._sandbox.send(json.dumps(request), limit_s=max(self._left(), 0.01))
+            self._open = result.status == "ok"
+        self._loaded = result.status != "died"
+        return (_read_reply(result.stdout), "") if self._open else ({}, _told(result))
+
+    def _check_call(self, case: CallCase) -> str:
+        keywords = {key: encode(item) for key, item in case.kwargs.items()}
+        reply, failure = self._call(
+            {"call": case.function, "args": [encode(item) for item in case.args], "kwargs": keywords}
+        )
+        if failure:
+            return failure
+        if "raised" in reply:
+            return f"raised {reply['raised']}: {reply['message']}"
+        value = decode(reply["value"])
+        same = bool(value == case.output) if case.exact else same_value(value, case.output)
+        return "" if same else f"wrong value: returned {repr(value)[:80]}"
+
+    def _check_test(self, case: TestCodeCase) -> str:
+        """Carry calls from the test to the program and data back, until the test says how it went."""
+        test = _warm_sandbox("test", self._limits.sandbox)
+        result = test.open_test(case.code, list(case.names), limit_s=self._left(), total_s=self._limits.program_s)
+        try:
+            while result.status == "ok":
+                message = json.loads(result.stdout)
+                if "passed" in message:
+                    return "" if message["passed"] is True else str(message["error"])
+                if self._left() <= 0:
+                    return _OUT_OF_TIME
+                reply, failure = self._call(message)
+                if failure:
+                    return failure
+                result = test.send(json.dumps(reply), limit_s=max(self._left(), 0.01))
+            return f"the test itself: {_told(result)}"
+        finally:
+            test.clean()
 
 
-def _told(status: str, error: str) -> str:
-    return f"{status}: {error}" if error else status
-
-
-def _check_call(sandbox: Sandbox, case: CallCase) -> str:
-    keywords = {key: encode(item) for key, item in case.kwargs.items()}
-    request = {"call": case.function, "args": [encode(item) for item in case.args], "kwargs": keywords}
-    result = sandbox.send(json.dumps(request))
-    if result.status != "ok":
-        return _told(result.status, result.error)
-    reply = _read_reply(result.stdout)
-    if "raised" in reply:
-        return f"raised {reply['raised']}: {reply['message']}"
-    value = decode(reply["value"])
-    return "" if same_value(value, case.output) else f"wrong value: returned {repr(value)[:80]}"
-
-
-def _check_test(program: Sandbox, case: TestCodeCase, limit_s: float, limits: Limits) -> str:
-    """Carry calls from the test to the program and data back, until the test says how it went."""
-    test = _warm_sandbox("test", limits.sandbox)
-    result = test.open_test(case.code, list(case.names), limit_s=limit_s)
-    try:
-        while result.status == "ok":
-            message = json.loads(result.stdout)
-            if "passed" in message:
-                return "" if message["passed"] is True else str(message["error"])
-            answer = program.send(json.dumps(message))
-            if answer.status != "ok":
-                return _told(answer.status, answer.error)
-            result = test.send(json.dumps(_read_reply(answer.stdout)))
-        return f"the test itself: {_told(result.status, result.error)}"
-    finally:
-        test.clean()
+def _told(result: RunResult) -> str:
+    return f"{result.status}: {result.error}" if result.error else result.status
 
 
 def _read_reply(line: str) -> dict[str, Any]:

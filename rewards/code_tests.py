@@ -17,6 +17,7 @@ in Python, but a list equals a tuple (JSON has no tuples), and a float may diffe
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -36,12 +37,13 @@ class StdinCase:
 
 @dataclass(frozen=True, slots=True)
 class CallCase:
-    """`function(*args, **kwargs)` must give `output`."""
+    """`function(*args, **kwargs)` must give `output`. exact: equal as Python's == says, without the tolerances."""
 
     function: str
     args: tuple[Any, ...]
     output: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,10 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
         tests = [raw["tests"]] if isinstance(raw["tests"], str) else raw["tests"]
         if not names or not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
             raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
-        return [TestCodeCase(f"{raw.get('setup') or ''}\n{test}", names) for test in tests]
+        setup = str(raw.get("setup") or "")
+        return [
+            (None if setup else _plain_assert(test, names)) or TestCodeCase(f"{setup}\n{test}", names) for test in tests
+        ]
     if "cases" in raw:
         if len(names) != 1:
             raise ValueError("tests: with `cases`, one entry_point is needed")
@@ -100,6 +105,31 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
     if names:
         return [_call_case(names[0], {"args": args, "output": output}) for args, output in pairs]
     return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+
+
+def _plain_assert(test: str, names: Sequence[str]) -> CallCase | None:
+    """`assert f(<constants>) == <constant>` as a call, which needs no process for the test; None for anything else."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if len(body) != 1 or not isinstance(body[0], ast.Assert) or not isinstance(body[0].test, ast.Compare):
+        return None
+    compare = body[0].test
+    call = compare.left
+    if len(compare.ops) != 1 or not isinstance(compare.ops[0], ast.Eq) or not isinstance(call, ast.Call):
+        return None
+    if not isinstance(call.func, ast.Name) or call.func.id not in names:
+        return None
+    try:
+        args = tuple(ast.literal_eval(item) for item in call.args)
+        keywords = {str(item.arg): ast.literal_eval(item.value) for item in call.keywords if item.arg is not None}
+        output = ast.literal_eval(compare.comparators[0])
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    if len(keywords) != len(call.keywords):
+        return None
+    return CallCase(call.func.id, args, output, keywords, exact=True)
 
 
 def _stdin_case(item: Any) -> StdinCase:

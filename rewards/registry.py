@@ -26,6 +26,7 @@ BUILTINS = MappingProxyType(
         "countdown": "rewards.countdown:countdown_reward",
         "exact_match": "rewards.exact_match:exact_match_reward",
         "format": "rewards.tag_format:format_reward",
+        "format_prefilled": "rewards.tag_format:format_prefilled_reward",
         "json_schema": "rewards.structured:json_schema_reward",
         "judge": "rewards.judge:judge_reward",
         "language_consistency": "rewards.language:language_consistency_reward",

@@ -19,7 +19,9 @@ from rewards.registry import load_function
 from rewards.reward_entry import RewardEntry
 
 RowStatus = Literal["ok", "none", "timeout", "error"]
-TIMEOUT_RULE = "timeout"  # a built-in verifier marks a score with this rule when the text made it run out of time
+# A built-in function marks single scores with these rules: the text made its verifier run out of time; the function
+# itself failed on this row (value None), which stops or masks as an exception would.
+TIMEOUT_RULE, ERROR_RULE = "timeout", "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ def read_verdicts(returned: Any, count: int, seconds: float) -> list[Verdict]:
 def _read_value(value: Any, seconds: float) -> Verdict:
     score = value if isinstance(value, Score) else None
     number = value.value if score is not None else value
+    if number is None and score is not None and score.rule == ERROR_RULE:
+        return Verdict(score, "error", seconds)
     if number is None:
         return Verdict(score or Score(None, "does not apply"), "none", seconds)
     if hasattr(number, "item"):  # a scalar of numpy or torch
@@ -160,11 +164,11 @@ def _read_value(value: Any, seconds: float) -> Verdict:
         return _failed(f"returned {_shown(number)}, which is not finite", seconds)
     if score is None:
         return Verdict(Score(plain), "ok", seconds)
-    return Verdict(score, "timeout" if score.rule == TIMEOUT_RULE else "ok", seconds)
+    return Verdict(score, "timeout" if score.rule.endswith(TIMEOUT_RULE) else "ok", seconds)
 
 
 def _failed(problem: str, seconds: float) -> Verdict:
-    return Verdict(Score(None, problem, rule="error"), "error", seconds)
+    return Verdict(Score(None, problem, rule=ERROR_RULE), "error", seconds)
 
 
 def _shown(value: Any, limit: int = 80) -> str:

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.registry import BUILTINS, absolute_name, load_function
 
@@ -32,6 +32,20 @@ ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
 )  # fmt: skip
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def checked_by(check: Callable[..., None]) -> Callable[[_Function], _Function]:
+    """Decorator for a reward function: `check(**params)` is called with the recipe's parameters when the recipe is
+    read, and raises ValueError for values that are not allowed."""
+
+    def mark(function: _Function) -> _Function:
+        setattr(function, "check_params", check)  # noqa: B010 - functions have no such attribute for type checkers
+        return function
+
+    return mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +175,12 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
     )
     _check_arguments(entry, builtin=entry.path in BUILTINS.values())
     _check_isolation(entry, settings)
+    check = getattr(function, "check_params", None)
+    if check is not None:
+        try:
+            check(**entry.params)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{entry.name}: params: {error}") from error
     return entry
 
 

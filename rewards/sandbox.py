@@ -114,18 +114,20 @@ class Sandbox:
         """Run the loaded program from its start with this standard input."""
         return self._request({"op": "run", "stdin": stdin}, limit_s)
 
-    def open_program(self, *, limit_s: float = 5.0) -> RunResult:
-        """Start the loaded program so that its functions can be called with `send`. The limit is for the whole
-        conversation."""
-        return self._request({"op": "open", "test": None}, limit_s)
+    def open_program(self, *, limit_s: float = 5.0, total_s: float = 10.0) -> RunResult:
+        """Start the loaded program so that its functions can be called with `send`. It must be ready after limit_s, and
+        may use total_s of processor time until the conversation ends, with the next `open_...`, `run`, `load` or
+        `clean`."""
+        return self._request({"op": "open", "test": None, "total_s": total_s}, limit_s)
 
-    def open_test(self, code: str, names: list[str], *, limit_s: float = 5.0) -> RunResult:
+    def open_test(self, code: str, names: list[str], *, limit_s: float = 5.0, total_s: float = 10.0) -> RunResult:
         """Start a test, in which `names` are stand-ins for the program's functions; stdout is its first message."""
-        return self._request({"op": "open", "test": {"code": code, "names": names}}, limit_s)
+        test = {"code": code, "names": names}
+        return self._request({"op": "open", "test": test, "total_s": total_s}, limit_s)
 
     def send(self, line: str, *, limit_s: float = 5.0) -> RunResult:
-        """Send a line to what `open_...` started; stdout is the line that it answers."""
-        return self._request({"op": "send", "line": line}, limit_s, with_limit=False)
+        """Send a line to what `open_...` started; stdout is the line that it answers within the limit."""
+        return self._request({"op": "send", "line": line}, limit_s)
 
     def clean(self) -> None:
         """End all that the program left; afterwards another one may be loaded."""
@@ -152,11 +154,11 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, request: dict[str, Any], limit_s: float, *, with_limit: bool = True) -> RunResult:
+    def _request(self, request: dict[str, Any], limit_s: float) -> RunResult:
         started = time.monotonic()
         if self._process is None:
             self._start()
-        reply = self._exchange({**request, "limit_s": limit_s} if with_limit else request, limit_s + _GRACE_S)
+        reply = self._exchange({**request, "limit_s": limit_s}, limit_s + _GRACE_S)
         said = str(reply.get("status"))
         status = _STATUSES.get(said, "died")
         if said not in _STATUSES or said == "silent":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import resource
@@ -74,16 +75,20 @@ class Harness:
         result["stdout"] = child.output.decode("utf-8", "replace")
         return result
 
-    def _open(self, *, limit_s: float, test: dict[str, Any] | None) -> dict[str, Any]:
-        """Start a conversation: with the loaded program, whose functions are called, or with a test that calls them."""
+    def _open(self, *, limit_s: float, total_s: float, test: dict[str, Any] | None) -> dict[str, Any]:
+        """Start a conversation: with the loaded program, whose functions are called, or with a test that calls them.
+        The first answer must come within limit_s; total_s bounds its processor time."""
         self._abandon_dialog()
         body = (lambda: serve_calls(self._code)) if test is None else (lambda: run_test(**test))
-        self._dialog = _Child(body, limit_s, self._settings, stdin=b"", output_bytes=self._settings["output_bytes"])
+        self._dialog = _Child(body, total_s, self._settings, stdin=b"", output_bytes=self._settings["output_bytes"])
+        self._dialog.restart_clock(limit_s)
         return self._answer(self._dialog)
 
-    def _send(self, *, line: str) -> dict[str, Any]:
+    def _send(self, *, line: str, limit_s: float) -> dict[str, Any]:
+        """Send a line to the other side of the conversation, which has this long to answer."""
         if self._dialog is None:
             return {"status": "error", "error": "no conversation is open"}
+        self._dialog.restart_clock(limit_s)
         self._dialog.write(line.encode() + b"\n")
         return self._answer(self._dialog)
 
@@ -138,6 +143,9 @@ class _Child:
         self._collected = bytearray()
         self._errors = bytearray()
         self._readable = {out: self._collected, err: self._errors}
+
+    def restart_clock(self, limit_s: float) -> None:
+        self._deadline = time.monotonic() + limit_s
 
     def write(self, data: bytes) -> None:
         self._pending = memoryview(bytes(self._pending) + data)
@@ -247,6 +255,7 @@ def _become_program(body: Any, fds: tuple[int, int, int], limit_s: float, settin
     ):
         resource.setrlimit(kind, (limit, limit))
     _LIBC.prctl(PR_SET_DUMPABLE, 1)
+    gc.enable()
     run_and_leave(body)
 
 
@@ -332,6 +341,8 @@ def main() -> None:
     channel = LineChannel(0, 1)
     settings = channel.receive()
     _drop_rights(settings)
+    gc.disable()  # a collection in a forked child would copy every page that it marks
+    gc.freeze()
     channel.send({"status": "ready"})
     Harness(channel, settings).serve()
 
