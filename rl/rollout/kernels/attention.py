@@ -38,7 +38,7 @@ class AttentionTile:
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "first_split", "all_splits"])
 def _attend_kernel(
     q_ptr,
     cache_ptr,
@@ -50,9 +50,9 @@ def _attend_kernel(
     scale_log2,
     slot_stride,
     split_tokens,
-    SPLITS: tl.constexpr,
-    FIRST_SPLIT: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
+    splits,
+    first_split,
+    all_splits,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -79,20 +79,9 @@ def _attend_kernel(
         rows = tl.load(tiles_ptr + tile * ROWS + member // BLOCK_H)
         present = rows >= 0
     present = present & (heads < HEADS)
+    # Every load that the next one does not need is issued before the first branch: at short contexts latency is all.
     length = tl.load(lengths_ptr + first_row)
-    if split_tokens == 0:
-        per_split = ((length + SPLITS - 1) // SPLITS + BLOCK_T - 1) // BLOCK_T * BLOCK_T
-    else:
-        per_split = split_tokens
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, length)
-    if (split == SPLITS - 1) & (split_tokens > 0):
-        end = length
-    result = (rows.to(tl.int64) * ALL_SPLITS + FIRST_SPLIT + split) * HEADS + heads
-    if begin >= end:
-        tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=present)
-        return
-
+    slot = tl.load(slots_ptr + first_row)
     wide = tl.arange(0, C_POW2)
     turn = tl.arange(0, R_POW2)
     q_base = q_ptr + (rows.to(tl.int64) * HEADS + heads)[:, None] * (C + R)
@@ -100,7 +89,18 @@ def _attend_kernel(
     in_r = (turn < R)[None, :]
     q_latent = tl.load(q_base + wide[None, :], mask=present[:, None] & in_c, other=0.0)
     q_turned = tl.load(q_base + C + turn[None, :], mask=present[:, None] & in_r, other=0.0)
-    slot = tl.load(slots_ptr + first_row)
+    if split_tokens == 0:
+        per_split = ((length + splits - 1) // splits + BLOCK_T - 1) // BLOCK_T * BLOCK_T
+    else:
+        per_split = split_tokens
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, length)
+    if (split == splits - 1) & (split_tokens > 0):
+        end = length
+    result = (rows.to(tl.int64) * all_splits + first_split + split) * HEADS + heads
+    if begin >= end:
+        tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=present)
+        return
     cache = cache_ptr + slot.to(tl.int64) * slot_stride
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -159,7 +159,7 @@ def attend(
     grid = (num_rows if tiles is None else tiles.shape[0], splits, cdiv(heads, block_h))
     _attend_kernel[grid](
         q, cache, tiles, slots, lengths, out, lse, scale * 1.4426950408889634, cache.stride(0), split_tokens,
-        SPLITS=splits, FIRST_SPLIT=first_split, ALL_SPLITS=lse.shape[1], HEADS=heads,
+        splits, first_split, lse.shape[1], HEADS=heads,
         C=latent_width, R=width - latent_width,
         C_POW2=max(16, triton.next_power_of_2(latent_width)),
         R_POW2=max(16, triton.next_power_of_2(width - latent_width)),

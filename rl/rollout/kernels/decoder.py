@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ class FusedDecoder:
         self.tables = (cos.contiguous(), sin.contiguous())
         self.layers: list[_Layer] = []
         self.derived_bytes, self.build_s = 0, 0.0
+        self._second = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._allocate()
         self.refresh()
 
@@ -205,16 +207,30 @@ class FusedDecoder:
         splits, heads, latent = from_prompt + from_own, config.num_attention_heads, config.kv_lora_rank
         partial = self._partial[: num_rows * splits * heads * latent].view(num_rows, splits, heads, latent)
         lse = self._lse[: num_rows * splits * heads].view(num_rows, splits, heads)
-        attend(
-            absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
-            first_split=0, splits=from_prompt, tiles=inputs.tiles,
-        )  # fmt: skip
+        with self._beside():
+            attend(
+                absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
+                first_split=0, splits=from_prompt, tiles=inputs.tiles,
+            )  # fmt: skip
         attend(
             absorbed, own, inputs.slots, inputs.own_lengths, scale=attention.scale, out=partial, lse=lse,
             first_split=from_prompt, splits=from_own,
         )  # fmt: skip
+        self._join()
         mixed = merge_and_expand(partial, lse, kv_b, nope=nope, out=self._mixed[:num_rows])
         return F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """A second stream that starts where the current one stands: the two halves of attention overlap, which
+        hides the latency of whichever is short (measured in `__call__`'s graph)."""
+        if self._second is None:
+            return nullcontext()
+        self._second.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._second)
+
+    def _join(self) -> None:
+        if self._second is not None:
+            torch.cuda.current_stream().wait_stream(self._second)
 
     def _dense(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
         num_rows, width = hidden.shape[0], layer.experts.width
@@ -247,12 +263,17 @@ def rows_per_tile(heads: int) -> int:
 
 def own_splits(num_rows: int) -> int:
     """Splits of each row's own completion: enough programs for 132 multiprocessors, two each."""
-    return max(1, min(16, cdiv(256, num_rows)))
+    return _power_of_two(min(8, 256 // num_rows))
 
 
 def prompt_splits(num_rows: int, per_tile: int) -> int:
     """Splits of a prompt: one program a multiprocessor."""
-    return max(1, min(16, cdiv(132, cdiv(num_rows, per_tile))))
+    return _power_of_two(min(4, 132 // cdiv(num_rows, per_tile)))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest that is at most `most`; 1 for less: few different values, so few kernels to compile."""
+    return 1 << (max(1, most).bit_length() - 1)
 
 
 def prompt_tiles(groups: Sequence[Sequence[int]], per_tile: int, num_tiles: int) -> list[list[int]]:

@@ -45,60 +45,91 @@ def _absorb_kernel(
     INTERLEAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    CACHE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, h): BLOCK_M tokens of head h; the one after the last head writes these tokens' cache rows."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1)
+    """The first programs write the cache rows of CACHE_ROWS tokens each; the others do BLOCK_M tokens of one head, BLOCK_C of
+    its latent columns (and the first of a head's programs its rotated part)."""
+    cache_programs = (num_rows + CACHE_ROWS - 1) // CACHE_ROWS
+    program = tl.program_id(0)
+    if program < cache_programs:
+        _write_cache_rows(
+            program, kv_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, places_ptr, cache_ptr,
+            num_rows, kv_stride, slot_stride, eps, C, R, C_POW2, HALF_POW2, INTERLEAVE, CACHE_ROWS,
+        )  # fmt: skip
+        return
+    program -= cache_programs
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    chunk = program % CHUNKS
+    head = (program // CHUNKS) % HEADS
+    rows = program // (CHUNKS * HEADS) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
-    HALF: tl.constexpr = R // 2
-    pair = tl.arange(0, HALF_POW2)
-    pair_mask = valid[:, None] & (pair < HALF)[None, :]
-    position = tl.load(positions_ptr + rows, mask=valid, other=0)
-    cos = tl.load(cos_ptr + position.to(tl.int64)[:, None] * HALF + pair[None, :], mask=pair_mask, other=0.0)
-    sin = tl.load(sin_ptr + position.to(tl.int64)[:, None] * HALF + pair[None, :], mask=pair_mask, other=0.0)
-    if INTERLEAVE:
-        first = 2 * pair
-        second = 2 * pair + 1
-    else:
-        first = pair
-        second = pair + HALF
+    source = q_ptr + rows.to(tl.int64)[:, None] * q_stride + head * (NOPE + R)
+    target = out_ptr + (rows.to(tl.int64) * HEADS + head)[:, None] * (C + R)
+    dims = tl.arange(0, NOPE_POW2)
+    q = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < NOPE)[None, :], other=0.0)
+    wide = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+    w_ptrs = kv_b_ptr + (head * (NOPE + V) + dims)[:, None] * C + wide[None, :]
+    w = tl.load(w_ptrs, mask=(dims < NOPE)[:, None] & (wide < C)[None, :], other=0.0)
+    absorbed = tl.dot(q, w, input_precision=PRECISION)
+    tl.store(target + wide[None, :], absorbed.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (wide < C)[None, :])
+    if chunk == 0:
+        first, second = _rotated(
+            source + NOPE, rows, valid, cos_ptr, sin_ptr, positions_ptr, R, HALF_POW2, INTERLEAVE
+        )
+        pair = tl.arange(0, HALF_POW2)
+        mask = valid[:, None] & (pair < R // 2)[None, :]
+        tl.store(target + C + pair[None, :], first.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + C + R // 2 + pair[None, :], second.to(out_ptr.dtype.element_ty), mask=mask)
 
-    if head < HEADS:
-        source = q_ptr + rows.to(tl.int64)[:, None] * q_stride + head * (NOPE + R)
-        target = out_ptr + (rows.to(tl.int64) * HEADS + head)[:, None] * (C + R)
-        a = tl.load(source + NOPE + first[None, :], mask=pair_mask, other=0.0).to(tl.float32)
-        b = tl.load(source + NOPE + second[None, :], mask=pair_mask, other=0.0).to(tl.float32)
-        tl.store(target + C + pair[None, :], (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=pair_mask)
-        tl.store(target + C + HALF + pair[None, :], (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=pair_mask)
-        dims = tl.arange(0, NOPE_POW2)
-        q = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < NOPE)[None, :], other=0.0)
-        for start in range(0, C, BLOCK_C):
-            wide = start + tl.arange(0, BLOCK_C)
-            lines = head * (NOPE + V) + dims
-            w_ptrs = kv_b_ptr + lines[:, None] * C + wide[None, :]
-            w = tl.load(w_ptrs, mask=(dims < NOPE)[:, None] & (wide < C)[None, :], other=0.0)
-            absorbed = tl.dot(q, w, input_precision=PRECISION)
-            out_mask = valid[:, None] & (wide < C)[None, :]
-            tl.store(target + wide[None, :], absorbed.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+@triton.jit
+def _rotated(
+    source, rows, valid, cos_ptr, sin_ptr, positions_ptr,
+    R: tl.constexpr, HALF_POW2: tl.constexpr, INTERLEAVE: tl.constexpr,
+):  # fmt: skip
+    """The two halves (rows, R/2) of a rotated head whose R numbers start at `source`, in fp32."""
+    HALF: tl.constexpr = R // 2
+    pair = tl.arange(0, HALF_POW2)[None, :]
+    mask = valid[:, None] & (pair < HALF)
+    position = tl.load(positions_ptr + rows, mask=valid, other=0).to(tl.int64)[:, None]
+    if INTERLEAVE:
+        a = tl.load(source + 2 * pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(source + 2 * pair + 1, mask=mask, other=0.0).to(tl.float32)
     else:
-        slot = tl.load(slots_ptr + rows, mask=valid, other=0)
-        place = tl.load(places_ptr + rows, mask=valid, other=-1)
-        kept = valid & (place >= 0)
-        source = kv_ptr + rows.to(tl.int64)[:, None] * kv_stride
-        target = cache_ptr + slot.to(tl.int64)[:, None] * slot_stride + place.to(tl.int64)[:, None] * (C + R)
-        wide = tl.arange(0, C_POW2)
-        kept_pairs = kept[:, None] & (pair < HALF)[None, :]
-        a = tl.load(source + C + first[None, :], mask=pair_mask, other=0.0).to(tl.float32)
-        b = tl.load(source + C + second[None, :], mask=pair_mask, other=0.0).to(tl.float32)
-        dtype = cache_ptr.dtype.element_ty
-        tl.store(target + C + pair[None, :], (a * cos - b * sin).to(dtype), mask=kept_pairs)
-        tl.store(target + C + HALF + pair[None, :], (b * cos + a * sin).to(dtype), mask=kept_pairs)
-        latent = tl.load(source + wide[None, :], mask=valid[:, None] & (wide < C)[None, :], other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(latent * latent, 1) / C + eps)
-        gain = tl.load(norm_ptr + wide, mask=wide < C, other=0.0).to(tl.float32)
-        normed = latent * inverse[:, None] * gain[None, :]
-        tl.store(target + wide[None, :], normed.to(dtype), mask=kept[:, None] & (wide < C)[None, :])
+        a = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(source + HALF + pair, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + position * HALF + pair, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + pair, mask=mask, other=0.0)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _write_cache_rows(
+    program, kv_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, places_ptr, cache_ptr,
+    num_rows, kv_stride, slot_stride, eps,
+    C: tl.constexpr, R: tl.constexpr, C_POW2: tl.constexpr, HALF_POW2: tl.constexpr, INTERLEAVE: tl.constexpr,
+    CACHE_ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = program * CACHE_ROWS + tl.arange(0, CACHE_ROWS)
+    valid = rows < num_rows
+    slot = tl.load(slots_ptr + rows, mask=valid, other=0).to(tl.int64)
+    place = tl.load(places_ptr + rows, mask=valid, other=-1).to(tl.int64)
+    kept = valid & (place >= 0)
+    source = kv_ptr + rows.to(tl.int64)[:, None] * kv_stride
+    target = cache_ptr + (slot * slot_stride + place * (C + R))[:, None]
+    dtype = cache_ptr.dtype.element_ty
+    wide = tl.arange(0, C_POW2)
+    latent = tl.load(source + wide[None, :], mask=valid[:, None] & (wide < C)[None, :], other=0.0).to(tl.float32)
+    gain = tl.load(norm_ptr + wide, mask=wide < C, other=0.0).to(tl.float32)
+    first, second = _rotated(source + C, rows, valid, cos_ptr, sin_ptr, positions_ptr, R, HALF_POW2, INTERLEAVE)
+    inverse = tl.rsqrt(tl.sum(latent * latent, 1) / C + eps)
+    normed = latent * inverse[:, None] * gain[None, :]
+    tl.store(target + wide[None, :], normed.to(dtype), mask=kept[:, None] & (wide < C)[None, :])
+    pair = tl.arange(0, HALF_POW2)
+    mask = kept[:, None] & (pair < R // 2)[None, :]
+    tl.store(target + C + pair[None, :], first.to(dtype), mask=mask)
+    tl.store(target + C + R // 2 + pair[None, :], second.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -109,6 +140,7 @@ def _merge_kernel(
     out_ptr,
     num_rows,
     SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
     HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     V: tl.constexpr,
@@ -123,14 +155,14 @@ def _merge_kernel(
     head = tl.program_id(1)
     valid = rows < num_rows
     base = rows.to(tl.int64) * SPLITS * HEADS + head
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        top = tl.maximum(top, tl.load(lse_ptr + base + split * HEADS, mask=valid, other=float("-inf")))
+    split_ids = tl.arange(0, SPLITS_POW2)
+    lse_mask = valid[:, None] & (split_ids < SPLITS)[None, :]
+    lse = tl.load(lse_ptr + base[:, None] + split_ids[None, :] * HEADS, mask=lse_mask, other=float("-inf"))
+    top = tl.max(lse, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.exp(tl.load(lse_ptr + base + split * HEADS, mask=valid, other=float("-inf")) - top)
-    total = tl.where(total == 0.0, 1.0, total)
+    shares = tl.exp(lse - top[:, None])
+    total = tl.sum(shares, 1)
+    shares = shares / tl.where(total == 0.0, 1.0, total)[:, None]
     dims = tl.arange(0, V_POW2)
     out = tl.zeros((BLOCK_M, V_POW2), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -138,10 +170,10 @@ def _merge_kernel(
         in_c = (wide < C)[None, :]
         mixed = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for split in tl.static_range(SPLITS):
-            lse = tl.load(lse_ptr + base + split * HEADS, mask=valid, other=float("-inf"))
-            share = tl.exp(lse - top) / total
+            share = tl.sum(tl.where(split_ids[None, :] == split, shares, 0.0), 1)
             lines = partial_ptr + (base + split * HEADS)[:, None] * C + wide[None, :]
-            part = tl.load(lines, mask=(lse > float("-inf"))[:, None] & in_c, other=0.0)
+            # A split without tokens left its result unwritten: it may hold anything, NaN included.
+            part = tl.load(lines, mask=(share > 0.0)[:, None] & in_c, other=0.0)
             mixed += share[:, None] * part.to(tl.float32)
         w_ptrs = kv_b_ptr + (head * (NOPE + V) + NOPE + dims)[:, None] * C + wide[None, :]
         w = tl.load(w_ptrs, mask=(dims < V)[:, None] & in_c, other=0.0)
@@ -173,15 +205,18 @@ def absorb(
     c = kv_b.shape[1]
     r = width - c
     v = kv_b.shape[0] // heads - nope
-    half = r // 2
-    block = 16 if num_rows <= 256 else 32
-    block_c = min(triton.next_power_of_2(c), 128 if q.dtype != torch.float32 else 32)
-    _absorb_kernel[(cdiv(num_rows, block), heads + 1)](
+    exact = q.dtype == torch.float32
+    block = 64 if num_rows > 256 and not exact else 16
+    block_c = max(16, min(triton.next_power_of_2(c), 32 if exact else 128))
+    cache_rows = 4
+    grid = (cdiv(num_rows, cache_rows) + cdiv(num_rows, block) * heads * cdiv(c, block_c),)
+    _absorb_kernel[grid](
         q, kv, kv_b, kv_norm, tables[0], tables[1], positions, slots, places, out, cache,
         num_rows, q.stride(0), kv.stride(0), cache.stride(0), eps,
         HEADS=heads, NOPE=nope, NOPE_POW2=max(16, triton.next_power_of_2(nope)), V=v, C=c, R=r,
-        C_POW2=triton.next_power_of_2(c), HALF_POW2=triton.next_power_of_2(half), INTERLEAVE=interleave,
-        BLOCK_M=block, BLOCK_C=max(16, block_c), PRECISION=dot_precision(q.dtype), num_warps=4, num_stages=2,
+        C_POW2=triton.next_power_of_2(c), HALF_POW2=triton.next_power_of_2(r // 2), INTERLEAVE=interleave,
+        BLOCK_M=block, BLOCK_C=block_c, CACHE_ROWS=cache_rows, PRECISION=dot_precision(q.dtype),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -196,7 +231,7 @@ def merge_and_expand(
     exact = partial.dtype == torch.float32
     _merge_kernel[(cdiv(num_rows, 16), heads)](
         partial, lse, kv_b, out, num_rows,
-        SPLITS=splits, HEADS=heads, NOPE=nope, V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
+        SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope, V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
         BLOCK_M=16, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 128)),
         PRECISION=dot_precision(partial.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip

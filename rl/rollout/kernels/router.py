@@ -98,19 +98,22 @@ def _router_kernel(
     busy = valid & (place >= 0)
     rank = tl.arange(0, TOP_K_POW2)[None, :]
     weights = tl.zeros((BLOCK_M, TOP_K_POW2), tl.float32)
+    chosen = tl.zeros((BLOCK_M, TOP_K_POW2), tl.int32)
     for k in tl.static_range(TOP_K):
         at = tl.argmax(choice, 1)
         here = expert[None, :] == at[:, None]
+        chosen = tl.where(rank == k, at[:, None], chosen)
         weights = tl.where(rank == k, tl.sum(tl.where(here, scores, 0.0), 1)[:, None], weights)
         choice = tl.where(here, float("-inf"), choice)
-        position = tl.atomic_add(counts_ptr + at, 1, mask=busy, sem="relaxed")
-        tl.store(lists_ptr + at * list_stride + position, rows * SLOTS + k, mask=busy)
-        record = record_ptr + slot * record_slot_stride + place * record_place_stride + k
-        tl.store(record, at.to(record_ptr.dtype.element_ty), mask=busy)
+    listed = busy[:, None] & (rank < TOP_K)
+    position = tl.atomic_add(counts_ptr + chosen, 1, mask=listed, sem="relaxed")
+    record = record_ptr + (slot * record_slot_stride + place * record_place_stride)[:, None] + rank
+    tl.store(record, chosen.to(record_ptr.dtype.element_ty), mask=listed)
     if NORMALISE:
         weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
     weights = weights * scaling
     tl.store(weights_ptr + rows[:, None] * TOP_K + rank, weights, mask=valid[:, None] & (rank < TOP_K))
+    tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * SLOTS + rank, mask=listed)
 
 
 def route(
@@ -138,5 +141,5 @@ def route(
         TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k), SLOTS=top_k + num_shared,
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
-        BLOCK_M=16, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+        BLOCK_M=16, BLOCK_K=32 if exact else 256, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
