@@ -44,13 +44,17 @@ _BARE = re.compile(r"[^\s${}\\]+")
 _MARKER = re.compile(
     r"####"
     r"|^[ \t]*\**A\**:"
-    r"|\b(?:final\s+|correct\s+|right\s+)?(?:ans|answers?|solutions?)\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
-    r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=|(?=\s*(?:\$|\\\(|\\\[)))"
+    r"|^\W{0,4}answer\**\s*(?=\$|\\\(|\\\[)"
+    r"|\b(?:final\s+|correct\s+|right\s+)?(?:ans|answers?)\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
+    r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=)"
+    r"|\bsolutions?\s+(?:is|are)\b"
     r"|答案\s*(?:是|为|：|:|应该是)?"
     r"|\br[ée]ponse\s+(?:finale\s+)?(?:est|:)|\brespuesta\s+(?:final\s+)?(?:es|:)|\bAntwort\s+(?:ist|lautet|:)"
     r"|\brisposta\s+(?:finale\s+)?(?:è|:)|\bresposta\s+(?:final\s+)?(?:é|:)|\bответ\s*:",
     re.IGNORECASE | re.MULTILINE,
 )
+# Behind a box only these still state an answer; `we check our answer: ...` does not.
+_STRONG_MARKER = re.compile(r"####|final|answers?[\s*]*(?:is|are)\b|答案|r[ée]ponse|respuesta|antwort|risposta|resposta|ответ", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
 _SENTENCES = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+")
 _NUMBER = re.compile(
@@ -59,7 +63,7 @@ _NUMBER = re.compile(
     r"(?:\s?\\?%)?"
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_RESULT = re.compile(r"(?:=|≈|\\approx)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n")
+_RESULT = re.compile(r"(?:=|≈|\\approx|\bequals)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n")
 # Between two boxes that state one answer together: punctuation, delimiters, a few words and a joining mark.
 _FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\]\s]")
 _JOINING = re.compile(
@@ -207,7 +211,11 @@ def _joins(between: str) -> bool:
 
 def _last_marked(text: str, *, after: int) -> Extraction | None:
     """The last `the answer is X` that begins behind position `after`, with a usable X."""
-    marks = [match for match in _MARKER.finditer(text) if match.start() >= after]
+    marks = [
+        match
+        for match in _MARKER.finditer(text)
+        if match.start() >= after and (after < 0 or _STRONG_MARKER.search(match.group()) or _begins_line(text, match.start()))
+    ]
     for match in reversed(marks[-8:]):
         phrase = _marked_text(text, match.end())
         if not phrase or (after >= 0 and not re.search(r"[\d$\\]", phrase)):
@@ -216,6 +224,10 @@ def _last_marked(text: str, *, after: int) -> Extraction | None:
         if answer is not None:
             return Extraction(answer, match.group().strip(" \t\n*").lower() or "answer")
     return None
+
+
+def _begins_line(text: str, position: int) -> bool:
+    return not text[text.rfind("\n", 0, position) + 1 : position].strip(" \t*#")
 
 
 def _marked_text(text: str, position: int) -> str:
@@ -312,7 +324,7 @@ def _last_numbers(text: str) -> str:
 
 def _last_sentence(text: str) -> Extraction:
     """No box and no marker: the number or formula of the last sentence that has one."""
-    if len(text) <= MAX_ANSWER_CHARS and is_direct(text):
+    if len(text) <= MAX_ANSWER_CHARS and "\n" not in text and is_direct(text):
         return Extraction(text, "whole text")
     result = _last_result(text)
     prose = _CODE.sub(" ", text[-20 * MAX_ANSWER_CHARS :])

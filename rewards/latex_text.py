@@ -63,7 +63,7 @@ _WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathit|m
 _THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
-_CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?([ap])\.\s?m\.?(?:\s*\})?(?![a-z])", re.IGNORECASE)
+_CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
@@ -128,7 +128,7 @@ def clean_math(text: str) -> str:
     text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
     text = text.replace("\\\\%", "\\%").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
     text = _THOUSANDS_LATEX.sub("", _DOUBLED.sub(r"\\", text))
-    text = _CLOCK.sub(lambda match: f" {match.group(1).lower()}m", text)
+    text = _CLOCK.sub(lambda match: f" {(match.group(1) or match.group(2)).lower()}m", text)
     text = strip_math_delimiters(_CURRENCY.sub(" ", _BOLD.sub(r"\1", text)))
     text = _WRAPPERS.sub("", text)
     text = _SPACING.sub(" ", text.replace("\\!", ""))

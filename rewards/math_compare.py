@@ -222,7 +222,7 @@ def _same_ratio(gold: Node, answer: Node) -> str | None:
         return None
     if gold.kind != answer.kind:
         ratio, other = (gold, answer) if gold.kind == "ratio" else (answer, gold)
-        if other.kind not in ("div", "number", "unit") or len(_ratio_terms(ratio)) != 2:
+        if other.kind != "div" or len(_ratio_terms(ratio)) != 2 or any(term.kind == "unit" for term in ratio.args):
             return ""
         quotient = Node("div", ratio.args)
         return "ratio" if _same_value(quotient, other) == "number" else ""
@@ -445,8 +445,11 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
     if max(len(gold.args), len(answer.args)) > MAX_ITEMS:
         return ""
     if gold.kind not in _COLLECTIONS:
-        single = answer.kind in ("set", "list") and len(answer.args) == 1
-        return (_same(gold, answer.args[0]) or "") if single else _decimal_comma(gold, answer)
+        if answer.kind in ("set", "list") and answer.args and (len(answer.args) == 1 or answer.kind == "list"):
+            rules = [_same(gold, item) for item in answer.args]  # the same answer twice is one answer
+            if all(rules):
+                return rules[0] or ""
+        return _decimal_comma(gold, answer)
     if answer.kind not in _COLLECTIONS:
         single = gold.kind in ("set", "list") and len(gold.args) == 1
         return (_same(gold.args[0], answer) or "") if single else ""
@@ -454,8 +457,8 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
 
 
 def _decimal_comma(gold: Node, answer: Node) -> str:
-    """`3,5` for 3.5: a comma between two bare numbers may be a decimal comma, when the reference is one number."""
-    parts = answer.args if answer.kind == "list" and answer.text == "," else ()
+    """`3,5` for 3.5: a comma between two bare numbers may be a decimal comma, when the reference is a decimal."""
+    parts = answer.args if answer.kind == "list" and answer.text == "," and _has_decimal(gold) else ()
     if len(parts) != 2 or parts[1].kind != "number" or parts[1].decimal:
         return ""
     head = parts[0].args[0] if parts[0].kind == "neg" else parts[0]
