@@ -112,7 +112,7 @@ class Harness:
         """Whether nothing of the program is left, so that the next one may use this sandbox."""
         self._abandon_dialog()
         self._code = b""
-        return {"status": "ok", "clean": _kill_others() == 0 and _empty_folder("/tmp")}
+        return {"status": "ok", "clean": _kill_others() == 0 and _empty_folder("/tmp") and _empty_folder("/dev/shm")}
 
 
 class _Child:

@@ -68,6 +68,7 @@ class ScoredBatch:
     scores: dict[str, list[Score]]
     statuses: dict[str, list[RowStatus]] = field(default_factory=dict)
     latencies: dict[str, list[float]] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -84,7 +85,7 @@ class ScoredBatch:
                 count = sum(1 for other in self.statuses[name] if other == status)
                 metrics[f"rewards/{name}/{status}_frac"] = count / max(1, len(values))
             metrics[f"rewards/{name}/latency_p95_s"] = _percentile_95(self.latencies[name])
-        return metrics
+        return metrics | self.counters
 
 
 def merge_batches(batches: Sequence[ScoredBatch]) -> ScoredBatch:
@@ -97,6 +98,10 @@ def merge_batches(batches: Sequence[ScoredBatch]) -> ScoredBatch:
         scores={name: [score for batch in batches for score in batch.scores[name]] for name in names},
         statuses={name: [status for batch in batches for status in batch.statuses[name]] for name in names},
         latencies={name: [seconds for batch in batches for seconds in batch.latencies[name]] for name in names},
+        counters={
+            key: math.fsum(batch.counters.get(key, 0.0) for batch in batches)
+            for key in sorted({key for batch in batches for key in batch.counters})
+        },
     )
 
 
@@ -254,7 +259,18 @@ class RewardScorer:
                 name: [verdict.seconds for verdict in column if verdict is not _DOES_NOT_APPLY]
                 for name, column in verdicts.items()
             },
+            counters=self._take_counters(),
         )
+
+    def _take_counters(self) -> dict[str, float]:
+        """What functions count by themselves (calls, cost): their attribute `take_counters` gives it and starts
+        anew."""
+        return {
+            f"rewards/{entry.name}/{key}": float(amount)
+            for entry in self.entries
+            if hasattr(entry.function, "take_counters")
+            for key, amount in entry.function.take_counters().items()
+        }
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
