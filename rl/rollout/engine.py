@@ -66,6 +66,8 @@ class Engine:
         self.decode_text = decode_text
         self.prefill_tokens, self.steps_per_look = prefill_tokens, steps_per_look
         self.batch_invariant = batch_invariant
+        # For measurements with lengths drawn beforehand: (request, k) -> most tokens, at most max_completion_length.
+        self.limit_of: Callable[[int, int], int] | None = None
         self.stats: dict[str, float | int] = {}
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ class Engine:
         Leaves the policy's mode, its gradients and torch's generators untouched. ValueError: a request without seeds or
         prompt tokens, parameters out of range, stop strings without `decode_text`, a cache budget below one row.
         """
-        _check(requests, params)
+        check_requests(requests, params)
         if not requests:
             return []
         return _Rollout(self, requests, params, on_group).run()
@@ -131,6 +133,7 @@ class _Rollout:
             requests,
             slots=min(shape.slots, self._most_rows(requests)),
             prompt_slots=shape.prompt_slots,
+            limit_of=engine.limit_of or (lambda request, k: limit),
             admit_at_least=max(1, shape.slots // 8),
         )
         self.prompt_routes: dict[int, torch.Tensor] = {}
@@ -282,7 +285,8 @@ class _Rollout:
         }
 
 
-def _check(requests: Sequence[RolloutRequest], params: SamplingParams) -> None:
+def check_requests(requests: Sequence[RolloutRequest], params: SamplingParams) -> None:
+    """ValueError naming what no engine can sample."""
     if params.max_completion_length < 0:
         raise ValueError(f"SamplingParams.max_completion_length = {params.max_completion_length}: must be >= 0")
     for request in requests:

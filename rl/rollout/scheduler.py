@@ -8,7 +8,7 @@ row, or else by the last row, so a step never computes more rows than are alive.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rl.rollout.sampling import to_int64
@@ -36,11 +36,12 @@ class Group:
 
 @dataclass(slots=True)
 class Row:
-    """Completion `k` of `group`. For stop strings: how many tokens were seen, and the length at which the text
-    ended."""
+    """Completion `k` of `group`, of at most `limit` tokens. For stop strings: how many tokens were seen, and the
+    length at which the text ended."""
 
     group: Group
     k: int
+    limit: int
     seen: int = 0
     cut: int | None = None
 
@@ -62,16 +63,23 @@ class Turnover:
 
 
 class Scheduler:
-    """`rows[r]` is the row in slot r. admit_at_least: free slots to wait for before prompts are prefilled while
-    others run (a prefill of one prompt costs nearly as much as one of several)."""
+    """`rows[r]` is the row in slot r. limit_of(request, k): most tokens of a completion. admit_at_least: free slots
+    to wait for before prompts are prefilled while others run (a prefill of one prompt costs nearly as much as one of
+    several)."""
 
     def __init__(
-        self, requests: Sequence[RolloutRequest], *, slots: int, prompt_slots: int, admit_at_least: int = 1
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        slots: int,
+        prompt_slots: int,
+        limit_of: Callable[[int, int], int],
+        admit_at_least: int = 1,
     ) -> None:
         self.groups = [Group(index, request) for index, request in enumerate(requests)]
         self.rows: list[Row] = []
         self._slots, self._admit_at_least = slots, admit_at_least
-        self._waiting = [Row(group, k) for group in self.groups for k in range(group.size)]
+        self._waiting = [Row(group, k, limit_of(group.index, k)) for group in self.groups for k in range(group.size)]
         self._next = 0
         self._free_prompt_slots = list(range(prompt_slots))
 
@@ -130,5 +138,5 @@ class Scheduler:
                 slot = len(kept)
                 kept.append(row)
             seed = to_int64(group.request.seeds[row.k])
-            new_rows.append(RowSpec(slot, group.prompt_slot, len(group.prompt_ids), seed))
+            new_rows.append(RowSpec(slot, group.prompt_slot, len(group.prompt_ids), seed, row.limit))
         return new_prompts, new_rows

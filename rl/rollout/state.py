@@ -18,12 +18,14 @@ from rl.rollout.ops import AttentionPlan
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """A row to start: its slot, its prompt's slot and length in tokens, its 64-bit seed (signed)."""
+    """A row to start: its slot, its prompt's slot and length in tokens, its 64-bit seed (signed), and the most tokens
+    it may sample."""
 
     slot: int
     prompt_slot: int
     prompt_len: int
     seed: int
+    limit: int
 
 
 @dataclass(slots=True)
@@ -36,7 +38,7 @@ class FinishedRow:
 
 
 class RowState:
-    """slots: capacity. limit: most tokens a row may sample. routes_shape: (Lm, K) or None for a policy without
+    """slots: capacity. limit: most tokens any row may sample. routes_shape: (Lm, K) or None for a policy without
     experts."""
 
     def __init__(
@@ -56,7 +58,7 @@ class RowState:
         self.rows = torch.arange(slots, device=device)
         self.token = integers()  # last sampled, not yet fed
         self.own_len = integers()  # tokens fed so far: the row has sampled one more
-        self.prompt_slot, self.prompt_len, self.seed = integers(), integers(), integers()
+        self.prompt_slot, self.prompt_len, self.seed, self.row_limit = (integers() for _ in range(4))
         self.done = torch.ones(slots, dtype=torch.bool, device=device)
         self.stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
         # One position more than a row can fill, for what finished rows write.
@@ -69,16 +71,14 @@ class RowState:
     @staticmethod
     def row_bytes(limit: int, routes_shape: tuple[int, int] | None, routes_dtype: torch.dtype) -> int:
         routes = 0 if routes_shape is None else routes_shape[0] * routes_shape[1] * routes_dtype.itemsize
-        return (limit + 1) * 12 + limit * routes + 41
+        return (limit + 1) * 12 + limit * routes + 49
 
     def start(self, specs: list[RowSpec]) -> torch.Tensor:
         """Reset the slots of new rows -> their slots (n,). Their first token is then given by `record`."""
-        slots, prompt_slot, prompt_len, seed = (
-            torch.tensor([(s.slot, s.prompt_slot, s.prompt_len, s.seed) for s in specs], dtype=torch.int64)
-            .t()
-            .to(self.device)
-        )
-        self.prompt_slot[slots], self.prompt_len[slots], self.seed[slots] = prompt_slot, prompt_len, seed
+        table = torch.tensor([(s.slot, s.prompt_slot, s.prompt_len, s.seed, s.limit) for s in specs], dtype=torch.int64)
+        slots, *columns = table.t().contiguous().to(self.device)
+        for tensor, column in zip((self.prompt_slot, self.prompt_len, self.seed, self.row_limit), columns, strict=True):
+            tensor[slots] = column
         self.own_len[slots] = -1  # `record` counts it up to 0: one token sampled, none fed
         self.done[slots] = False
         return slots
@@ -90,7 +90,7 @@ class RowState:
         self.out_tokens.view(-1).index_copy_(0, place, tokens)
         self.out_logprobs.view(-1).index_copy_(0, place, logprobs)
         own_len = own_len + ~done
-        ended = own_len + 1 >= self.limit
+        ended = own_len + 1 >= self.row_limit.index_select(0, rows)
         if self.stops.numel() == 1:
             ended = ended | (tokens == self.stops)
         elif self.stops.numel():
@@ -101,7 +101,15 @@ class RowState:
 
     def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Copy rows `source` over rows `target` (disjoint); length: sampled tokens at most."""
-        for tensor in (self.token, self.own_len, self.prompt_slot, self.prompt_len, self.seed, self.done):
+        for tensor in (
+            self.token,
+            self.own_len,
+            self.prompt_slot,
+            self.prompt_len,
+            self.seed,
+            self.row_limit,
+            self.done,
+        ):
             tensor[target] = tensor[source]
         for output in (self.out_tokens, self.out_logprobs, self.out_routes):
             if output is not None:

@@ -70,7 +70,7 @@ def test_attention_is_one_softmax_over_prompt_and_own(arrangement: str) -> None:
     )
     cache.own.normal_(generator=generator)
     cache.prompt.normal_(generator=generator)
-    state.start([RowSpec(r, slot, prompt_lens[slot], r) for r, slot in enumerate(prompt_slots)])
+    state.start([RowSpec(r, slot, prompt_lens[slot], r, 50) for r, slot in enumerate(prompt_slots)])
     own_lens = [(5 * r) % 41 + 1 for r in range(rows)]
     state.own_len[:rows] = torch.tensor(own_lens) - 1
     plans = PlanBuilder(state, cache)
@@ -92,7 +92,7 @@ def test_rows_that_have_ended_stand_still() -> None:
     state = RowState(
         3, limit=4, stop_token_ids=(9,), routes_shape=None, routes_dtype=torch.uint8, device=torch.device("cpu")
     )
-    state.start([RowSpec(r, 0, 1, 0) for r in range(3)])
+    state.start([RowSpec(r, 0, 1, 0, 4) for r in range(3)])
     drawn = [[5, 9, 1], [9, 7, 2], [8, 7, 3], [8, 7, 4], [8, 7, 5], [8, 7, 6]]
     for tokens in drawn:
         state.record(torch.arange(3), torch.tensor(tokens), torch.tensor(tokens).float())

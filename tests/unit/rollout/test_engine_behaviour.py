@@ -124,6 +124,13 @@ def test_the_cache_stays_within_its_budget(policy: Policy, budget: int) -> None:
     assert engine.stats["cache_bytes"] <= budget
 
 
+def test_lengths_can_be_given_for_each_row(policy: Policy) -> None:
+    engine = Engine(policy, cache_bytes=2**22, max_batch_size=3)
+    engine.limit_of = lambda request, k: 1 + 5 * request + k
+    groups = engine.generate([request("a", 4, 3), request("bb", 4, 3)], SamplingParams(16))
+    assert [[len(c.token_ids) for c in group.completions] for group in groups] == [[1, 2, 3], [6, 7, 8]]
+
+
 def test_nothing_of_the_caller_changes(policy: Policy) -> None:
     policy.train()
     policy.gradient_checkpointing = True

@@ -19,6 +19,10 @@ def requests(*groups: int) -> list[RolloutRequest]:
     ]
 
 
+def nine(request: int, k: int) -> int:
+    return 9
+
+
 def end(scheduler: Scheduler, slot: int) -> None:
     row = scheduler.rows[slot]
     row.group.completions[row.k] = Completion([1], None, "stop")  # type: ignore[arg-type]
@@ -29,11 +33,11 @@ def names(scheduler: Scheduler) -> list[tuple[int, int]]:
 
 
 def test_holes_go_to_waiting_rows_first_and_then_to_the_last_row() -> None:
-    scheduler = Scheduler(requests(2, 3, 1), slots=4, prompt_slots=2)
+    scheduler = Scheduler(requests(2, 3, 1), slots=4, prompt_slots=2, limit_of=nine)
     turn = scheduler.turn_over([])
     assert names(scheduler) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [group.index for group in turn.new_prompts] == [0, 1] and turn.moves == []
-    assert turn.new_rows[2] == RowSpec(slot=2, prompt_slot=1, prompt_len=3, seed=10)
+    assert turn.new_rows[2] == RowSpec(slot=2, prompt_slot=1, prompt_len=3, seed=10, limit=9)
 
     end(scheduler, 0)  # a row of group 1 waits, and takes the hole
     turn = scheduler.turn_over([0])
@@ -57,7 +61,7 @@ def test_holes_go_to_waiting_rows_first_and_then_to_the_last_row() -> None:
 
 
 def test_a_prompt_waits_for_a_prompt_slot() -> None:
-    scheduler = Scheduler(requests(1, 1, 1), slots=3, prompt_slots=1)
+    scheduler = Scheduler(requests(1, 1, 1), slots=3, prompt_slots=1, limit_of=nine)
     scheduler.turn_over([])
     assert names(scheduler) == [(0, 0)]
     end(scheduler, 0)
@@ -66,7 +70,7 @@ def test_a_prompt_waits_for_a_prompt_slot() -> None:
 
 
 def test_prefill_waits_until_it_is_worth_while() -> None:
-    scheduler = Scheduler(requests(*[1] * 8), slots=4, prompt_slots=8, admit_at_least=2)
+    scheduler = Scheduler(requests(*[1] * 8), slots=4, prompt_slots=8, limit_of=nine, admit_at_least=2)
     scheduler.turn_over([])
     end(scheduler, 1)
     turn = scheduler.turn_over([1])
@@ -80,7 +84,9 @@ def test_every_row_runs_once_and_slots_are_never_shared(seed: int) -> None:
     rng = random.Random(seed)
     groups = [rng.randint(1, 6) for _ in range(rng.randint(1, 12))]
     slots, prompt_slots = rng.randint(1, 9), rng.randint(1, 5)
-    scheduler = Scheduler(requests(*groups), slots=slots, prompt_slots=prompt_slots, admit_at_least=rng.randint(1, 3))
+    scheduler = Scheduler(
+        requests(*groups), slots=slots, prompt_slots=prompt_slots, limit_of=nine, admit_at_least=rng.randint(1, 3)
+    )
     table: dict[int, tuple[int, int]] = {}  # what the device would hold in each slot
     seen: list[tuple[int, int]] = []
     ended: list[int] = []
