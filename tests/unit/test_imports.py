@@ -41,7 +41,7 @@ ONLY_IN = {
     "accelerate": {"rl/train/learner.py"},
     "deepspeed": {"rl/train/learner.py"},
     "wandb": {"rl/train/metrics.py"},
-    "vllm": {"rl/rollout/vllm_engine.py"},
+    "vllm": {"rl/rollout/vllm_engine.py", "scripts/bench_rollout.py"},  # a benchmark may measure a competitor
 }
 
 FILES = sorted(path for part in ("rl", "rewards", "scripts") for path in (ROOT / part).rglob("*.py"))
