@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 @functools.cache
 def _varlen_attn() -> Callable[..., Any] | None:
-    """torch's variable-length kernel, None where torch lacks it. Imported late: it pulls in the compiler, 3 s on a laptop CPU."""
+    """torch's variable-length kernel, or None. Imported late: it loads the compiler, 3 s on a laptop CPU."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -44,6 +44,12 @@ _KNOWN_BUT_UNUSED = frozenset(
 )
 _MODEL_TYPES = {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
 _ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a string"),
+}
 _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0, 0.0, None),
@@ -183,6 +189,7 @@ class PolicyConfig:
         for key in ("n_group", "topk_group", "n_shared_experts", "moe_layer_freq", "rope_interleave"):
             if key in known and known[key] is None:
                 del known[key]  # the hub writes null for "not used"
+        known = {f.name: _read(f.name, str(f.type), known[f.name]) for f in dataclasses.fields(cls) if f.name in known}
         theta, scaling = _read_rope(values)
         known["rope_theta"], known["rope_scaling"] = theta, scaling
         return cls(**known)
@@ -219,6 +226,26 @@ def _wrong(key: str, value: Any, allowed: str) -> str:
     return f"policy config: {key} = {value!r}; allowed: {allowed}"
 
 
+def _read(key: str, kind: str, value: Any) -> Any:
+    """The value of a field of type `kind`. A number in quotes is a number: YAML 1.1 reads 1e-6 as a string."""
+    optional = kind.endswith(" | None")
+    kind = kind.removesuffix(" | None")
+    if (value is None and optional) or kind not in _KINDS:
+        return value
+    accepted, allowed = _KINDS[kind]
+    wrong = ValueError(_wrong(key, value, allowed + (" or null" if optional else "")))
+    if isinstance(value, bool) and kind != "bool":
+        raise wrong
+    if kind == "float" and isinstance(value, (int, float, str)):
+        try:
+            return float(value)
+        except ValueError:
+            raise wrong from None
+    if not isinstance(value, accepted):
+        raise wrong
+    return value
+
+
 def _refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
     for key in values:
         if key not in known:
@@ -243,7 +270,7 @@ def _check_dimensions(config: PolicyConfig) -> None:
     ]
     for key in positive:
         value = getattr(config, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if value < 1:
             raise ValueError(_wrong(key, value, "an integer >= 1"))
     if config.q_lora_rank is not None and config.q_lora_rank < 1:
         raise ValueError(_wrong("q_lora_rank", config.q_lora_rank, "null or an integer >= 1"))
@@ -297,17 +324,21 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     newer = values.get("rope_parameters") or {}
     if isinstance(given, YarnScaling):
-        return float(values.get("rope_theta", 10000.0)), given
+        return _read("rope_theta", "float", values.get("rope_theta", 10000.0)), given
     theta = given.get("rope_theta", newer.get("rope_theta", values.get("rope_theta", 10000.0)))
+    theta = _read("rope_theta", "float", theta)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "yarn":
         raise ValueError(_wrong(f"{key}.type", kind, "'default' or 'yarn'"))
     known = {field.name for field in dataclasses.fields(YarnScaling)}
     _refuse_unknown(given, known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-    scaling = {name: given[name] for name in known if given.get(name) is not None}
+    fields = dataclasses.fields(YarnScaling)
+    scaling = {
+        f.name: _read(f"{key}.{f.name}", str(f.type), given[f.name]) for f in fields if given.get(f.name) is not None
+    }
     scaling.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 4096))
     if "factor" not in scaling:
         raise ValueError(f"policy config: {key} of type 'yarn' lacks 'factor'")
-    return float(theta), YarnScaling(**scaling)
+    return theta, YarnScaling(**scaling)

@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
-        # A given weight skips nn.Embedding's own drawing of numbers, which on the meta device loads torch's compiler (3 s).
+        # A given weight skips nn.Embedding's own draw, which on the meta device loads torch's compiler (3 s).
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -132,7 +132,8 @@ def moe_leaf_classes(policy: nn.Module) -> list[type[nn.Module]]:
     child that holds a 3-D parameter), so that blocks of other architectures are found too."""
     found: list[type[nn.Module]] = []
     for module in policy.modules():
-        fused = any(p.dim() == 3 for child in module.children() for p in child.parameters(recurse=False))
+        children = (child for child in module.children() if not isinstance(child, nn.Conv1d))  # 3-D too, and no expert
+        fused = any(p.dim() == 3 for child in children for p in child.parameters(recurse=False))
         if fused and type(module) not in found:
             found.append(type(module))
     return found

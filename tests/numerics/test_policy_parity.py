@@ -145,6 +145,20 @@ def test_transformers_checkpoint_loads_into_the_policy(name: str, tmp_path: Path
         assert torch.equal(tensor, state[key]), key
 
 
+def test_bf16_checkpoint_keeps_its_fp32_bias_both_ways(tmp_path: Path) -> None:
+    policy = random_policy("v3").to(torch.bfloat16)
+    save_policy(policy, tmp_path / "ours")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert reference.dtype == torch.bfloat16
+    reference.save_pretrained(tmp_path / "theirs")
+    theirs, loaded = reference.state_dict(), load_policy(tmp_path / "theirs").state_dict()
+    key = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert policy.state_dict()[key].dtype == torch.float32
+    for other in (theirs, loaded):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in policy.state_dict().items())
+        assert other[key].dtype == torch.float32
+
+
 def test_transformers_generates_what_the_policy_predicts(tmp_path: Path) -> None:
     """Greedy continuation by transformers' own generate equals repeated full forwards of the policy."""
     policy = random_policy("v3")

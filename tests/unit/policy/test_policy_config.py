@@ -42,7 +42,12 @@ V3_SCALING = {
     [
         ({"hiden_size": 3}, r"unknown key 'hiden_size' = 3; did you mean 'hidden_size'\?"),
         ({"hidden_size": 0}, r"hidden_size = 0; allowed: an integer >= 1"),
-        ({"hidden_size": 32.5}, r"hidden_size = 32.5; allowed: an integer >= 1"),
+        ({"hidden_size": 32.5}, r"hidden_size = 32.5; allowed: an integer"),
+        ({"first_k_dense_replace": "1"}, r"first_k_dense_replace = '1'; allowed: an integer"),
+        ({"q_lora_rank": True}, r"q_lora_rank = True; allowed: an integer or null"),
+        ({"rms_norm_eps": "tiny"}, r"rms_norm_eps = 'tiny'; allowed: a number"),
+        ({"tie_word_embeddings": 1}, r"tie_word_embeddings = 1; allowed: true or false"),
+        ({"rope_scaling": {"type": "yarn", "factor": "x"}}, r"rope_scaling.factor = 'x'; allowed: a number"),
         ({"kv_lora_rank": None}, r"lacks kv_lora_rank"),
         ({"q_lora_rank": 0}, r"q_lora_rank = 0; allowed: null or"),
         ({"qk_rope_head_dim": 7}, r"qk_rope_head_dim = 7; allowed: an even integer"),
@@ -111,6 +116,11 @@ def test_defaults_follow_the_family() -> None:
     v2 = PolicyConfig.from_dict(SHAPE | {"model_type": "deepseek_v2"})
     assert (v2.scoring_func, v2.topk_method, v2.norm_topk_prob) == ("softmax", "greedy", False)
     assert PolicyConfig.from_dict(SHAPE | {"model_type": "kimi_k2"}).model_type == "deepseek_v3"
+
+
+def test_numbers_that_yaml_reads_as_strings() -> None:
+    config = PolicyConfig.from_dict(SHAPE | {"rms_norm_eps": "1e-5", "rope_theta": "1e4", "initializer_range": 1})
+    assert (config.rms_norm_eps, config.rope_theta, config.initializer_range) == (1e-5, 10000.0, 1.0)
 
 
 def test_moe_layers() -> None:

@@ -133,4 +133,4 @@ def test_leaf_classes_are_found_by_structure() -> None:
 
     assert moe_leaf_classes(nn.Sequential(Block(), Block())) == [Block]
     assert moe_leaf_classes(init_policy(PolicyConfig.from_dict(SHAPE), seed=0)) == [MoE]
-    assert moe_leaf_classes(nn.Linear(2, 2)) == []
+    assert moe_leaf_classes(nn.Linear(2, 2)) == [] and moe_leaf_classes(nn.Sequential(nn.Conv1d(2, 2, 2))) == []
