@@ -22,6 +22,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -249,7 +250,7 @@ class WandbTracker:
         self._run = run
 
     def _stop_service(self) -> None:
-        """After a failed start its service still holds the run id."""
+        """End wandb's service process: after a failed start it still holds the run id."""
         import wandb
 
         wandb.teardown()
@@ -263,16 +264,18 @@ class WandbTracker:
         self._run.log({"step": step, name: table})
 
     def _guard(self, action: Callable[[], None], what: str) -> None:
-        """Run one call into wandb. Its errors, many of them private classes, end the tracking; anyone else's pass
-        through."""
+        """Run one call into wandb. What is raised inside wandb ends the tracking; a bug of ours passes through."""
         if self._run is None and not what.startswith(("start", "stop")):
             return
         try:
             action()
         except Exception as error:
-            if not isinstance(error, (OSError, ImportError)) and not type(error).__module__.startswith("wandb"):
+            if not isinstance(error, ImportError) and not _raised_in_wandb(error):
                 raise
             self._run = None
+            if isinstance(error, ConnectionError):  # its service died: forget it, or its exit hook fails too
+                with suppress(OSError):
+                    self._stop_service()
             write_line(
                 f"[aha] wandb could not {what}: {type(error).__name__}: {error}; the record in the run folder goes on"
             )
@@ -338,6 +341,16 @@ def _netrc_has(host: str) -> bool:
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _raised_in_wandb(error: Exception) -> bool:
+    """By the frames: its errors are of many classes, some private, some Python's own."""
+    frame = error.__traceback__
+    while frame is not None:
+        if str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "wandb":
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def _is_number(value: Any) -> bool:

@@ -33,13 +33,14 @@ _STRIP = 0.3  # width of the cold start beside that of GRPO
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """metric: what is drawn. dots: drawn as single points with the interval of `<metric>_low`, `<metric>_high` if there
-    is one."""
+    """metric: what is drawn. dots: as single points, with the interval `<interval>_low`, `<interval>_high` if there is
+    one; interval: `metric`, if not given."""
 
     metric: str
     label: str
     color: str
     dots: bool = False
+    interval: str | None = None
 
 
 PANELS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
@@ -48,7 +49,8 @@ PANELS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
         "accuracy",
         (
             Curve("accuracy", "training, sampled", "tab:blue"),
-            Curve("eval/sampled_accuracy", "held out, sampled", "tab:orange", dots=True),
+            # pass@1 is the sampled accuracy, by definition
+            Curve("eval/sampled_accuracy", "held out, sampled", "tab:orange", dots=True, interval="eval/pass@1"),
             Curve("eval/accuracy", "held out, greedy", "tab:green", dots=True),
         ),
     ),
@@ -175,8 +177,8 @@ def _draw(axis: Axes, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> bool:
     if curve.dots:
         label: str | None = curve.label
         for x, y, row in points:
-            low = float(row.get(f"{curve.metric}_low", y))
-            high = float(row.get(f"{curve.metric}_high", y))
+            interval = curve.interval or curve.metric
+            low, high = float(row.get(f"{interval}_low", y)), float(row.get(f"{interval}_high", y))
             errors = [[max(0.0, y - low)], [max(0.0, high - y)]]
             axis.errorbar([x], [y], yerr=errors, fmt="o", ms=4, capsize=2, color=curve.color, label=label)
             label = None
