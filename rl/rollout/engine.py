@@ -68,7 +68,7 @@ class Engine:
         self.batch_invariant = batch_invariant
         # For measurements with lengths drawn beforehand: (request, k) -> most tokens, at most max_completion_length.
         self.limit_of: Callable[[int, int], int] | None = None
-        self.stats: dict[str, float | int] = {}
+        self.stats: dict[str, Any] = {}
 
     @torch.no_grad()
     def generate(
@@ -270,6 +270,7 @@ class _Rollout:
     def _write_stats(self) -> None:
         seconds = time.perf_counter() - self.started
         self.engine.stats = {
+            "backend": self.decoder.name,
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_s": self.tokens / seconds,
