@@ -81,12 +81,19 @@ def load_any(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Policy | HFPolicy:
-    """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM."""
-    config = AutoConfig.from_pretrained(os.fspath(folder_or_hub_id))
-    if config.model_type in _OWN_TYPES:
+    """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM. No code of the
+    checkpoint is run."""
+    name = os.fspath(folder_or_hub_id)
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name)
+    except OSError as error:
+        raise ValueError(f"{name!r}: no config.json, neither in a folder here nor on the hub: {error}") from error
+    if "model_type" not in values:
+        raise ValueError(f"{name!r}: no config.json that names a model_type")
+    if values["model_type"] in _OWN_TYPES:
         return load_policy(folder_or_hub_id, dtype=dtype, device=device)
-    _check_supported(config)
-    inner = AutoModelForCausalLM.from_pretrained(os.fspath(folder_or_hub_id), dtype=dtype or "auto")
+    _check_supported(AutoConfig.from_pretrained(name))
+    inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     return HFPolicy(inner.to(device))
 
 

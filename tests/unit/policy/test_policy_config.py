@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from rl.policy.config import PolicyConfig, YarnScaling
+from rl.policy.model import Policy
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
@@ -25,7 +27,160 @@ SHAPE: dict[str, Any] = {
     "n_group": 4,
     "topk_group": 2,
 }
-# Values from the published config.json files (shape cut to what matters here).
+# The published config.json files: (keys, parameters without the selection bias and multi-token prediction).
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "DeepSeek-V3": (
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "ep_size": 1,
+            "first_k_dense_replace": 3,
+            "hidden_act": "silu",
+            "hidden_size": 7168,
+            "initializer_range": 0.02,
+            "intermediate_size": 18432,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 163840,
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 2048,
+            "moe_layer_freq": 1,
+            "n_group": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_attention_heads": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 128,
+            "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            "rope_theta": 10000,
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "tie_word_embeddings": False,
+            "topk_group": 4,
+            "topk_method": "noaux_tc",
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.33.1",
+            "use_cache": True,
+            "v_head_dim": 128,
+            "vocab_size": 129280,
+        },
+        671_026_404_352,
+    ),
+    "DeepSeek-V2-Lite": (
+        {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "aux_loss_alpha": 0.001,
+            "bos_token_id": 100000,
+            "eos_token_id": 100001,
+            "first_k_dense_replace": 1,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 10944,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 163840,
+            "model_type": "deepseek_v2",
+            "moe_intermediate_size": 1408,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "pretraining_tp": 1,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            "rope_theta": 10000,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "seq_aux": True,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "v_head_dim": 128,
+            "vocab_size": 102400,
+        },
+        15_706_484_224,
+    ),
+    "Moonlight-16B-A3B": (
+        {
+            "first_k_dense_replace": 1,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 11264,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 8192,
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 1408,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "num_nextn_predict_layers": 0,
+            "pretraining_tp": 1,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 50000.0,
+            "routed_scaling_factor": 2.446,
+            "scoring_func": "sigmoid",
+            "seq_aux": True,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "v_head_dim": 128,
+            "vocab_size": 163840,
+        },
+        15_960_108_544,
+    ),
+}
 V3_SCALING = {
     "beta_fast": 32,
     "beta_slow": 1,
@@ -121,6 +276,15 @@ def test_defaults_follow_the_family() -> None:
 def test_numbers_that_yaml_reads_as_strings() -> None:
     config = PolicyConfig.from_dict(SHAPE | {"rms_norm_eps": "1e-5", "rope_theta": "1e4", "initializer_range": 1})
     assert (config.rms_norm_eps, config.rope_theta, config.initializer_range) == (1e-5, 10000.0, 1.0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name: str) -> None:
+    values, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        policy = Policy(PolicyConfig.from_dict(values))
+    assert sum(parameter.numel() for parameter in policy.parameters()) == parameters
+    assert policy.config.cache_width == 576
 
 
 def test_moe_layers() -> None:

@@ -93,6 +93,14 @@ def test_deepseek_goes_to_our_own_policy(tmp_path: Path) -> None:
     assert isinstance(policy, Policy)
     save_any(policy, tmp_path)
     assert isinstance(load_any(tmp_path), Policy)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"deepseek_v3"', '"kimi_k2"'))  # unknown to transformers
+    assert isinstance(load_any(tmp_path), Policy)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_any(tmp_path)
 
 
 @pytest.mark.parametrize(
