@@ -1,7 +1,7 @@
 """`Score`: what one reward function thinks of one completion, and why.
 
-A reward function may return plain floats (TRL's signature); the built-in ones return `Score`, so that every decision can
-be read later: what was extracted, what it was compared with, and which rule decided.
+A reward function may return plain floats (TRL's signature); the built-in ones return `Score`, so that every decision
+can be read later: what was extracted, what it was compared with, and which rule decided.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """`countdown`: an expression that uses every given number exactly once and makes the target.
 
-In: completions, a column with the numbers and one with the target. Out: one `Score` each. The expression is read by a small parser
-of its own (whole numbers, + - * / and parentheses; the signs × ÷ − count as * / -) and computed with exact rationals; nothing
-is evaluated by Python. Source: the Countdown task of TinyZero; departures: no `**`, `//` or `_`, no floating point, so
-neither `5 ** 2 - 1` nor a value near the target is paid. One `= target` at the end is allowed.
+In: completions, a column with the numbers and one with the target. Out: one `Score` each. The expression is read by a
+small parser of its own (whole numbers, + - * / and parentheses; the signs × ÷ − count as * / -) and computed with
+exact rationals; nothing is evaluated by Python. Source: the Countdown task of TinyZero; departures: no `**`, `//` or
+`_`, no floating point, so neither `5 ** 2 - 1` nor a value near the target is paid. One `= target` at the end is
+allowed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ MAX_CHARS = 1000
 MAX_DEPTH = 50
 
 _SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
-_LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", ""), ("\\(", ""), ("\\)", ""))
+_LATEX = (
+    ("\\times", "*"),
+    ("\\cdot", "*"),
+    ("\\div", "/"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("$", ""),
+    ("\\(", ""),
+    ("\\)", ""),
+)
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 
@@ -113,11 +123,11 @@ def countdown_reward(
     tagged: bool = True,
     **columns: Sequence[object],
 ) -> list[Score]:
-    """1.0 when the expression in the answer block uses every number of the row exactly once, only + - * / and parentheses,
-    and equals the target exactly; else 0.0.
+    """1.0 when the expression in the answer block uses every number of the row exactly once, only + - * / and
+    parentheses, and equals the target exactly; else 0.0.
 
-    Range: {0, 1}. `tagged=False` reads the last box or the last line after thinking. ValueError when a column is missing,
-    has another length, or holds no whole numbers.
+    Range: {0, 1}. `tagged=False` reads the last box or the last line after thinking. ValueError when a column is
+    missing, has another length, or holds no whole numbers.
 
     >>> text = "<think>15 + 9</think><answer>3 * 5 + 7 + 2 = 24</answer>"
     >>> countdown_reward([], [text], numbers=[[3, 5, 7, 2]], target=[24])[0].value
@@ -127,13 +137,21 @@ def countdown_reward(
         if column not in columns or len(columns[column]) != len(completions):
             raise ValueError(f"countdown: column {column!r} with {len(completions)} values is needed")
     rows = zip(completions, columns[numbers_column], columns[target_column], strict=True)
-    return [score_countdown(completion_text(completion), numbers, target, tagged) for completion, numbers, target in rows]
+    return [
+        score_countdown(completion_text(completion), numbers, target, tagged) for completion, numbers, target in rows
+    ]
 
 
 def score_countdown(text: str, numbers: object, target: object, tagged: bool) -> Score:
     """The score of one completion; ValueError for a row without whole `numbers` and `target`."""
-    if not isinstance(numbers, (list, tuple)) or not numbers or not all(type(item) is int for item in (*numbers, target)):
-        raise ValueError(f"countdown: numbers {numbers!r} and target {target!r}: a list of whole numbers and one are needed")
+    if (
+        not isinstance(numbers, (list, tuple))
+        or not numbers
+        or not all(type(item) is int for item in (*numbers, target))
+    ):
+        raise ValueError(
+            f"countdown: numbers {numbers!r} and target {target!r}: a list of whole numbers and one are needed"
+        )
     gold = f"{target} from {', '.join(map(str, numbers))}"
     expression, reason = _stated_expression(text, tagged)
     if expression is None:

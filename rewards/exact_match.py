@@ -18,11 +18,11 @@ def exact_match_reward(
     ignore_case: bool = False,
     **columns: Sequence[object],
 ) -> list[Score]:
-    """1.0 when the answer equals the reference after runs of white space are made one blank, else 0.0; None when the row has
-    no reference.
+    """1.0 when the answer equals the reference after runs of white space are made one blank, else 0.0; None when the
+    row has no reference.
 
-    Range: {0, 1}. `tagged`: compare the content of the one answer block, else the whole completion. A reference that is a
-    list allows each of its members. ValueError when the column is missing or has another length.
+    Range: {0, 1}. `tagged`: compare the content of the one answer block, else the whole completion. A reference that
+    is a list allows each of its members. ValueError when the column is missing or has another length.
 
     >>> exact_match_reward([], ["<think>...</think><answer> Paris </answer>"], answer=["Paris"])[0].value
     1.0

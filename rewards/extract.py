@@ -2,9 +2,11 @@
 
 In: text. Out: an `Extraction`: the answer as text, and the name of the place it was taken from. Two takes:
 
-- `free_answer`: a completion without tags, as benchmarks see it. The last stated answer counts: boxes, `final answer is`,
+- `free_answer`: a completion without tags, as benchmarks see it. The last stated answer counts: boxes, `final answer
+is`,
   `the answer is`, `####`, `A:`, else the last sentence.
-- `block_answer`: the content of an <answer> block, as training sees it. Everything in it counts: two different answers, or a
+- `block_answer`: the content of an <answer> block, as training sees it. Everything in it counts: two different
+answers, or a
   number beside the stated answer, are no answer (`ambiguous`).
 
 Every scan is linear in the length of the text; what is long or nested is cut by the callers' limits.
@@ -16,7 +18,9 @@ import re
 from dataclasses import dataclass
 
 from rewards.latex_text import strip_edges
-from rewards.math_parse import MathSyntaxError, Node, parse_math
+from rewards.math_nodes import Node
+from rewards.math_parse import parse_math
+from rewards.math_tokens import MathSyntaxError, name_set
 from rewards.number_words import NUMBER_WORDS, number_from_words
 from rewards.tag_format import answer_block
 
@@ -25,7 +29,8 @@ MAX_ANSWER_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """answer: the text of the final answer, None when there is none. how: the place, or the reason why there is none."""
+    """answer: the text of the final answer, None when there is none. how: the place, or the reason why there is
+    none."""
 
     answer: str | None
     how: str
@@ -54,23 +59,33 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # Behind a box only these still state an answer; `we check our answer: ...` does not.
-_STRONG_MARKER = re.compile(r"####|final|answers?[\s*]*(?:is|are)\b|答案|r[ée]ponse|respuesta|antwort|risposta|resposta|ответ", re.IGNORECASE)
+_STRONG_MARKER = re.compile(
+    r"####|final|answers?[\s*]*(?:is|are)\b|答案|r[ée]ponse|respuesta|antwort|risposta|resposta|ответ", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
-_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+")
+_SENTENCES = re.compile(
+    r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!Dr\.)(?<!St\.)\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+"
+)
 _NUMBER = re.compile(
     r"(?<![A-Za-z\d_#.,])(?:(?<=[^\d\s)\]}])-|(?<=\s)-(?=\S)|\A-)?[$€£¥]?\s?"
     r"(?:\\[dt]?frac\s?\{[^{}]{1,60}\}\s?\{[^{}]{1,60}\}|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
     r"(?:\s?\\?%)?"
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_RESULT = re.compile(r"(?:=|≈|\\approx|\bequals)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n")
+_RESULT = re.compile(
+    r"(?:=|≈|\\approx|\bequals)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n"
+)
 # Between two boxes that state one answer together: punctuation, delimiters, a few words and a joining mark.
 _FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\]\s]")
 _JOINING = re.compile(
     r"\A(?:(?:[A-Za-z]{1,20} ){0,2}(?:(?:,|;|and|or|、|和|或|et|y|und) )+(?:[A-Za-z](?:_[0-9])? = )?)?\Z", re.IGNORECASE
 )
-_CONNECTIVE = re.compile(r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)|[:：]\s*|=\s*", re.IGNORECASE)
-_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|not|isn't|neither|could be|might be)\b|或|不是", re.IGNORECASE)
+_CONNECTIVE = re.compile(
+    r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)|[:：]\s*|=\s*", re.IGNORECASE
+)
+_HEDGE = re.compile(
+    r"\b(?:or|either|maybe|perhaps|possibly|alternatively|not|isn't|neither|could be|might be)\b|或|不是", re.IGNORECASE
+)
 _REJECTED = re.compile(r",?\s+(?:but\s+)?(?:not|instead of|rather than)\s+(?:\$|\\\(|\d).*\Z", re.DOTALL)
 _CALCULATION = re.compile(r"[\d\s.,+\-*/×÷()$%]+(?==|\Z)")
 _PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'$%:;!?-]+[^\W\d_]*)*")
@@ -214,7 +229,8 @@ def _last_marked(text: str, *, after: int) -> Extraction | None:
     marks = [
         match
         for match in _MARKER.finditer(text)
-        if match.start() >= after and (after < 0 or _STRONG_MARKER.search(match.group()) or _begins_line(text, match.start()))
+        if match.start() >= after
+        and (after < 0 or _STRONG_MARKER.search(match.group()) or _begins_line(text, match.start()))
     ]
     for match in reversed(marks[-8:]):
         phrase = _marked_text(text, match.end())
@@ -251,9 +267,9 @@ def is_direct(text: str) -> bool:
 
 
 # Words of a sentence; where one of them stands behind a value, the words are no unit.
-_SENTENCE_WORDS = frozenset(
-    "is are was were be the so we it that which because since if then therefore thus hence i you they he she not but has have "
-    "had will would can this these those when where while as for".split()
+_SENTENCE_WORDS = name_set(
+    "is are was were be the so we it that which because since if then therefore thus hence i you they he she not "
+    "but has have had will would can this these those when where while as for"
 )
 
 
@@ -271,7 +287,8 @@ def _is_mathematics(node: Node) -> bool:
 
 
 def _phrase(phrase: str, *, strict: bool) -> str | None:
-    """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its only number, or words."""
+    """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its only number, or
+    words."""
     phrase = strip_edges(phrase if strict else _REJECTED.sub("", phrase))
     if not phrase or is_direct(phrase):
         return phrase or None
@@ -327,7 +344,7 @@ def _last_sentence(text: str) -> Extraction:
     if len(text) <= MAX_ANSWER_CHARS and "\n" not in text and is_direct(text):
         return Extraction(text, "whole text")
     result = _last_result(text)
-    prose = _CODE.sub(" ", text[-20 * MAX_ANSWER_CHARS :])
+    prose = _CODE.sub(" ", text[-4 * MAX_ANSWER_CHARS :])
     prose = re.sub(r"```(?:output)?", "\n", prose)
     displays = list(_MATH.finditer(prose))
     sentences = [piece for piece in _SENTENCES.split(prose) if piece and piece.strip()]
@@ -361,7 +378,7 @@ def _last_result(text: str) -> str | None:
 def _sentence_answer(sentence: str, result: str | None) -> str | None:
     if len(sentence) > MAX_ANSWER_CHARS:
         return None
-    bold = [text for text in re.findall(r"\*\*([^*\n:：]{1,80})\*\*(?!\s*[:：])", sentence)]
+    bold = re.findall(r"\*\*([^*\n:：]{1,80})\*\*(?!\s*[:：])", sentence)
     if bold and (is_direct(bold[-1]) or not _numbers(sentence)):
         return strip_edges(bold[-1])
     if bold and (numbers := _numbers(bold[-1])):
@@ -380,7 +397,9 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
         if numbers := _numbers(behind):
             return numbers[0]
     spelled = [
-        str(value) for match in NUMBER_WORDS.finditer(sentence) if (value := number_from_words(match.group())) is not None
+        str(value)
+        for match in NUMBER_WORDS.finditer(sentence)
+        if (value := number_from_words(match.group())) is not None
     ]
     numbers = _numbers(sentence)
     for number in (*numbers, *spelled):
@@ -389,17 +408,25 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
     outright = [number for number in numbers if not _is_aside(sentence, number)]
     if outright and outright[-1] == numbers[-1]:
         return _last_numbers(sentence)
-    return (outright or numbers or spelled or [None])[-1]
+    found = outright or numbers or spelled
+    return found[-1] if found else None
 
 
 def _same_digits(left: str, right: str) -> bool:
     a, b = (re.sub(r"[^\d./-]", "", value).rstrip(".") for value in (left, right))
-    return a == b or (("." in a) != ("." in b) and a.removesuffix(".0") == b.removesuffix(".0")) or a.rstrip("0").rstrip(".") == b.rstrip("0").rstrip(".") != ""
+    return (
+        a == b
+        or (("." in a) != ("." in b) and a.removesuffix(".0") == b.removesuffix(".0"))
+        or a.rstrip("0").rstrip(".") == b.rstrip("0").rstrip(".") != ""
+    )
 
 
 def _is_aside(sentence: str, number: str) -> bool:
     """A time of day, a date or an ordinal, not an amount."""
     escaped = re.escape(number)
     return bool(
-        re.search(rf"{escaped}\s?(?:a\.?m|p\.?m|o'clock)\b|\b(?:by|at|in|on|number|No\.)\s{escaped}(?!\s*(?:[A-Za-z]+\s+)?(?:\.|\Z))|#\s?{escaped}", sentence)
+        re.search(
+            rf"{escaped}\s?(?:a\.?m|p\.?m|o'clock)\b|\b(?:by|at|in|on|number|No\.)\s{escaped}(?!\s*(?:[A-Za-z]+\s+)?(?:\.|\Z))|#\s?{escaped}",
+            sentence,
+        )
     )

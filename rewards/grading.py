@@ -1,8 +1,9 @@
 """Offline grading: rows of completions in, verdicts out, with the same functions that score a training run.
 
-In: rows with `id`, `task` (gsm8k, math, multiple_choice, countdown, code), `gold`, `completion` (text) or `completion_spec` (a list of
-[text, times], joined), and `options` where they apply. Out: for each row `id`, `correct`, `extracted`, `gold`, `rule`, `reason`,
-`seconds`, and with tagged=True also `format_ok`. scripts/grade.py is the command line of this file.
+In: rows with `id`, `task` (gsm8k, math, multiple_choice, countdown, code), `gold`, `completion` (text) or
+`completion_spec` (a list of [text, times], joined), and `options` where they apply. Out: for each row `id`,
+`correct`, `extracted`, `gold`, `rule`, `reason`, `seconds`, and with tagged=True also `format_ok`. scripts/grade.py
+is the command line of this file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _MAX_COMPLETION_CHARS = 50_000_000
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a JSONL file, checked. ValueError lists what is wrong, with row numbers (from 1, blank lines count)."""
+    """All rows of a JSONL file, checked. ValueError lists what is wrong, with row numbers (from 1, blank lines
+    count)."""
     rows: list[Row] = []
     faults: list[str] = []
     with path.open(encoding="utf-8") as lines:
@@ -64,7 +66,8 @@ def check_row(row: object) -> None:
 
 
 def completion_of(row: Mapping[str, Any]) -> str:
-    """The completion: `completion` itself, or `completion_spec` written out. ValueError for neither or a malformed one."""
+    """The completion: `completion` itself, or `completion_spec` written out. ValueError for neither or a malformed
+    one."""
     text, spec = row.get("completion"), row.get("completion_spec")
     if isinstance(text, str):
         return text
@@ -132,17 +135,23 @@ def grade_rows(rows: Iterable[Row], *, tagged: bool) -> Iterator[Row]:
 
 
 def agreement(rows: Iterable[Row], verdicts: Iterable[Row]) -> list[str]:
-    """Lines that compare the verdicts with the labels of the rows (`expected` or `correct`, and `format_ok`), by source and
-    for rows marked `hard`; empty when there are no labels."""
+    """Lines that compare the verdicts with the labels of the rows (`expected` or `correct`, and `format_ok`), by
+    source and for rows marked `hard`; empty when there are no labels."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for row, verdict in zip(rows, verdicts, strict=True):
         label = row.get("expected", row.get("correct"))
-        groups = ["all", *(["hard"] if row.get("hard") else []), str(row.get("source", row.get("category", row["task"])))]
+        groups = [
+            "all",
+            *(["hard"] if row.get("hard") else []),
+            str(row.get("source", row.get("category", row["task"]))),
+        ]
         if isinstance(label, bool):
             total.update(groups)
             right.update(groups if verdict["correct"] == label else [])
         if isinstance(row.get("format_ok"), bool) and "format_ok" in verdict:
             total["format"] += 1
             right["format"] += verdict["format_ok"] == row["format_ok"]
-    return [f"{name:20} {right[name]:6d} of {total[name]:6d}  {100 * right[name] / total[name]:6.2f} %" for name in total]
+    return [
+        f"{name:20} {right[name]:6d} of {total[name]:6d}  {100 * right[name] / total[name]:6.2f} %" for name in total
+    ]

@@ -1,7 +1,7 @@
 """One spelling for mathematical text: Unicode signs, LaTeX layout and thousands separators in, plain LaTeX out.
 
-`clean_math(text)` is the first step of every comparison. It only rewrites notation; it never changes a value, and what it
-does not know it leaves alone for the parser to refuse. All steps are linear in the length of the text.
+`clean_math(text)` is the first step of every comparison. It only rewrites notation; it never changes a value, and
+what it does not know it leaves alone for the parser to refuse. All steps are linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -33,33 +33,41 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("′", "'"),
         **dict.fromkeys("∣｜", "|"),
         "÷": "/", "∕": "/", "⁄": "/", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "º": r"^{\circ}",
-        "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+        "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
+        "≈": r"\approx ",
         "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R}",
         "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∖": r"\setminus ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
-        "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "…": r"\ldots ", "⋯": r"\ldots ", "‰": r"\permille ",
+        "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "…": r"\ldots ",
+        "⋯": r"\ldots ",
         "、": ",", "。": ".",
     }
 )  # fmt: skip
 _MONEY = "$€£¥₹₽₩฿₫₺₪￥￡"
 _CURRENCY = re.compile(rf"(?:\\\$|(?:US|USD|EUR|Rs\.?|INR|A)\s?\$?(?=\s?\d)|[{re.escape(_MONEY[1:])}])")
-_SPACING = re.compile(r"(?<!\\)\\(?:quad|qquad|,|;|:|>| |enspace|thinspace|hfill|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})|~|\\phantom\{[^{}]*\}")
+_SPACING = re.compile(
+    r"(?<!\\)\\(?:quad|qquad|,|;|:|>| |enspace|thinspace|hfill|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})|~"
+    r"|\\phantom\{[^{}]*\}"
+)
 _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|"
     r"nonumber|notag|centering|large|Large|huge|Huge|normalsize|small)(?![a-zA-Z])\.?"
 )
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge",
-    "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots",
-    "dotsb": "ldots", "dotsm": "ldots", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "|", "rvert": "|",
-    "vert": "|", "mid": "|", "backslash": "setminus", "smallsetminus": "setminus", "land": "wedge", "lor": "vee",
-    "colon": ":", "to": "rightarrow", "implies": "Rightarrow", "iff": "Leftrightarrow", "lbrack": "[", "rbrack": "]",
-    "degree": "circ", "degrees": "circ", "varphi": "phi", "vartheta": "theta", "varepsilon": "epsilon", "imath": "i",
-    "jmath": "j", "ast": "cdot", "over": "over", "div": "/", "lparen": "(", "rparen": ")", "cosec": "csc", "tg": "tan", "ctg": "cot",
-    "arctg": "arctan", "dollar": "$",
+    "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots",
+    "dotsc": "ldots", "dotsb": "ldots", "dotsm": "ldots", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}",
+    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "backslash": "setminus", "smallsetminus": "setminus",
+    "land": "wedge", "lor": "vee", "colon": ":", "to": "rightarrow", "implies": "Rightarrow", "iff": "Leftrightarrow",
+    "lbrack": "[", "rbrack": "]", "degree": "circ", "degrees": "circ", "varphi": "phi", "vartheta": "theta",
+    "varepsilon": "epsilon", "imath": "i",
+    "jmath": "j", "ast": "cdot", "div": "/", "lparen": "(", "rparen": ")", "cosec": "csc",
+    "tg": "tan", "ctg": "cot", "arctg": "arctan", "dollar": "$",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _ESCAPED_SYMBOLS = {"<", ">", "|", ":", "[", "]", "(", ")", "/", "i", "j", "$"}
-_WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathit|mathcal|mathsf|mathtt|ensuremath|textcolor\{[a-z]+\}|color\{[a-z]+\})\s*(?=\{)")
+_WRAPPERS = re.compile(
+    r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathit|mathcal|mathsf|mathtt|ensuremath|textcolor\{[a-z]+\}|color\{[a-z]+\})\s*(?=\{)"
+)
 _THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
@@ -67,7 +75,9 @@ _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
-_DOUBLED = re.compile(r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|cdot|times|infty|left|right|pm|cup|circ|in|le|ge|boxed|begin|end)(?![a-zA-Z]))")
+_DOUBLED = re.compile(
+    r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|cdot|times|infty|left|right|pm|cup|circ|in|le|ge|boxed|begin|end)(?![a-zA-Z]))"
+)
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\$+|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]")
 
 

@@ -1,11 +1,12 @@
 """`accuracy`: does the completion's answer equal the reference?
 
-In: completions and a column of reference answers. Out: one `Score` each, 1.0 or 0.0, with the extracted answer, the reference as
-understood and the rule that decided; None where the row has no reference.
+In: completions and a column of reference answers. Out: one `Score` each, 1.0 or 0.0, with the extracted answer, the
+reference as understood and the rule that decided; None where the row has no reference.
 
-Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2 "accuracy rewards". Departures from math-verify, which open-r1 and TRL use:
-the answer is read from the answer block only, everything that can be settled by the exact rules of `math_compare` is
-settled in this process within microseconds, and sympy runs only for the rest, in workers that are killed at their limit.
+Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2 "accuracy rewards". Departures from math-verify, which open-r1
+and TRL use: the answer is read from the answer block only, everything that can be settled by the exact rules of
+`math_compare` is settled in this process within microseconds, and sympy runs only for the rest, in workers that are
+killed at their limit.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rewards.answer_text import Match
 from rewards.base import Completion, Score, completion_text
 from rewards.extract import Extraction, block_answer, free_answer
-from rewards.math_compare import Match, compare_texts
+from rewards.math_compare import compare_texts
 from rewards.pool import shared_pool
 from rewards.symbolic import FUNCTION, TIME_LIMIT_S, worth_trying
 from rewards.tag_format import answer_block
@@ -63,13 +65,17 @@ def judge_cases(cases: Sequence[Case]) -> list[Score]:
             open_cases.append((len(scores), case.gold, case.found.answer))
         scores.append(score)
     if open_cases:
-        outcomes = shared_pool().map(FUNCTION, [(gold, answer) for _, gold, answer in open_cases], time_limit_s=TIME_LIMIT_S)
+        outcomes = shared_pool().map(
+            FUNCTION, [(gold, answer) for _, gold, answer in open_cases], time_limit_s=TIME_LIMIT_S
+        )
         for (index, gold, answer), outcome in zip(open_cases, outcomes, strict=True):
             if outcome.status == "ok":
                 equal = outcome.value is True
                 scores[index] = Score(float(equal), "equal" if equal else "different", answer, gold, "math-verify")
             else:
-                scores[index] = Score(0.0, f"math-verify: {outcome.status}", answer, gold, f"math-verify {outcome.status}")
+                scores[index] = Score(
+                    0.0, f"math-verify: {outcome.status}", answer, gold, f"math-verify {outcome.status}"
+                )
     return scores
 
 
@@ -102,8 +108,8 @@ def accuracy_reward(
 ) -> list[Score]:
     """1.0 when the stated answer equals the reference in column `gold_column`, else 0.0; None when the row has none.
 
-    Range: {0, 1}. `tagged`: the answer must stand in exactly one well-formed <answer> block outside of thinking; else the last
-    answer stated after thinking counts. GSM8K solutions (`... #### 42`) are understood as references.
+    Range: {0, 1}. `tagged`: the answer must stand in exactly one well-formed <answer> block outside of thinking; else
+    the last answer stated after thinking counts. GSM8K solutions (`... #### 42`) are understood as references.
     Source: DeepSeek-R1, section 2.2.2. ValueError when the column is missing or has another length.
 
     >>> accuracy_reward([], ["<think>6 * 7</think><answer>42.0</answer>"], answer=["... #### 42"])[0].value

@@ -10,19 +10,19 @@ In: two texts or two trees. Out: a `Match` with the name of the rule that decide
     real set        the same set of real numbers             x \\ge 5 and [5, \\infty)
     tuple, list, set, matrix, ratio, base                    item by item; lists and sets without order
 
-What an answer may leave out (a unit, the name of the unknown, brackets of a list) and what it may not (a missing solution,
-an open end, a factor of 100, another unit) is decided here and nowhere else.
+What an answer may leave out (a unit, the name of the unknown, brackets of a list) and what it may not (a missing
+solution, an open end, a factor of 100, another unit) is decided here and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from rewards.latex_text import HostileText, clean_math, plain_letters, plain_words, strip_edges
+from rewards.answer_text import Match, same_choice, same_clock, same_spaced_list
+from rewards.latex_text import HostileText, clean_math, plain_words
 from rewards.math_eval import (
     TooLarge,
     Undefined,
@@ -35,23 +35,15 @@ from rewards.math_eval import (
     nearly,
     sample_points,
 )
-from rewards.math_parse import MathSyntaxError, Node, parse_math
+from rewards.math_matrix import matrix_entries
+from rewards.math_nodes import Node
+from rewards.math_parse import parse_math
+from rewards.math_tokens import MathSyntaxError
+from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
 from rewards.units import units_conflict
 
-DECIMAL_TOLERANCE = Fraction(1, 10**10)
 CHAIN_TOLERANCE = Fraction(1, 50)
-MAX_ITEMS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """equal: the answer states the reference. decided: False when neither side could be settled here (try the symbolic
-    verifier). rule: what decided."""
-
-    equal: bool
-    rule: str
-    decided: bool = True
 
 
 def compare_texts(gold: str, answer: str) -> Match:
@@ -68,7 +60,7 @@ def compare_texts(gold: str, answer: str) -> Match:
         words = plain_words(gold)
         if words and words == plain_words(answer):
             return Match(True, "same words")
-        shortcut = _same_clock(words, plain_words(answer)) or _same_choice(gold, answer) or _same_spaced_list(gold, answer)
+        shortcut = same_clock(words, plain_words(answer)) or same_choice(gold, answer) or same_spaced_list(gold, answer)
         if shortcut is not None:
             return shortcut
     except HostileText as error:
@@ -80,39 +72,9 @@ def compare_texts(gold: str, answer: str) -> Match:
     try:
         answer_tree = parse_math(answer)
     except MathSyntaxError:
-        return Match(False, "answer is no expression", decided=not _looks_mathematical(answer))
+        plain = exact_value(gold_tree) is not None or not _looks_mathematical(answer)
+        return Match(False, "answer is no expression", decided=plain)
     return compare_trees(gold_tree, answer_tree)
-
-
-_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s?([ap]m)?")
-_LABELLED = re.compile(r"\(?([A-H])[).:]\s*(?=\S)(.+)|\(([A-H])\)\s*(.+)", re.DOTALL)
-
-
-def _same_clock(gold: str, answer: str) -> Match | None:
-    """Times of day, at least one of them with am or pm: `9 am` is `9:00 a.m.`; a missing half of the day is forgiven."""
-    left, right = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(answer)
-    if left is None or right is None or not (left.group(3) or right.group(3)) or not (left.group(2) or right.group(2)):
-        return None
-    same_time = int(left.group(1)) == int(right.group(1)) and (left.group(2) or "00") == (right.group(2) or "00")
-    halves = {left.group(3), right.group(3)} - {None}
-    return Match(same_time and len(halves) == 1, "time of day")
-
-
-def _same_choice(gold: str, answer: str) -> Match | None:
-    """The reference is an option's letter and the answer is `(C) 12`: the letter decides."""
-    letter = re.fullmatch(r"\(?([A-H])\)?", plain_words(gold).upper())
-    labelled = _LABELLED.fullmatch(plain_letters(answer))
-    if letter is None or labelled is None:
-        return None
-    return Match((labelled.group(1) or labelled.group(3)) == letter.group(1), "option letter")
-
-
-def _same_spaced_list(gold: str, answer: str) -> Match | None:
-    """`100,200` may be a list or a number; it is the list `100, 200` when the answer writes it so."""
-    if not re.search(r"\d,\d{3}(?!\d)", gold) or not re.search(r"\d,\s", answer):
-        return None
-    same = re.sub(r",\s+", ",", strip_edges(gold)) == re.sub(r",\s+", ",", strip_edges(answer))
-    return Match(True, "same list") if same else None
 
 
 def _looks_mathematical(text: str) -> bool:
@@ -129,7 +91,8 @@ def compare_trees(gold: Node, answer: Node) -> Match:
         return Match(False, str(error))
     if rule:
         return Match(True, rule)
-    return Match(False, "different", decided=not (_has_opaque(gold) or _has_opaque(answer)))
+    unsettled = exact_value(gold) is None and (_has_opaque(gold) or _has_opaque(answer))
+    return Match(False, "different", decided=not unsettled)
 
 
 def _has_opaque(node: Node) -> bool:
@@ -149,7 +112,7 @@ def _same(gold: Node, answer: Node) -> str | None:
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict or None
-    return _same_value(gold, answer)
+    return same_value(gold, answer)
 
 
 def _split_unit(node: Node) -> tuple[str, Node]:
@@ -225,7 +188,7 @@ def _same_ratio(gold: Node, answer: Node) -> str | None:
         if other.kind != "div" or len(_ratio_terms(ratio)) != 2 or any(term.kind == "unit" for term in ratio.args):
             return ""
         quotient = Node("div", ratio.args)
-        return "ratio" if _same_value(quotient, other) == "number" else ""
+        return "ratio" if same_value(quotient, other) == "number" else ""
     left, right = _ratio_terms(gold), _ratio_terms(answer)
     if len(left) != len(right):
         return ""
@@ -234,7 +197,7 @@ def _same_ratio(gold: Node, answer: Node) -> str | None:
     if any(exact_value(term) == 0 for term in (*left, *right)):
         return ""
     products = ((Node("mul", (a, right[0])), Node("mul", (b, left[0]))) for a, b in zip(left, right, strict=True))
-    return "ratio" if all(_same_value(a, b) for a, b in products) else ""
+    return "ratio" if all(same_value(a, b) for a, b in products) else ""
 
 
 def _ratio_terms(node: Node) -> list[Node]:
@@ -245,7 +208,10 @@ def _same_base(gold: Node, answer: Node) -> str | None:
     """`1101_4`: the same digits with or without the base written, or the same value when both name a base."""
     if gold.kind != "based" and answer.kind != "based":
         return None
-    left, right = based_value(gold) if gold.kind == "based" else None, based_value(answer) if answer.kind == "based" else None
+    left, right = (
+        based_value(gold) if gold.kind == "based" else None,
+        based_value(answer) if answer.kind == "based" else None,
+    )
     if gold.kind == answer.kind:
         return "base" if left is not None and left == right else ""
     based, other = (gold, answer) if gold.kind == "based" else (answer, gold)
@@ -253,7 +219,7 @@ def _same_base(gold: Node, answer: Node) -> str | None:
 
 
 def _same_matrix(gold: Node, answer: Node) -> str | None:
-    left, right = _matrix(gold), _matrix(answer)
+    left, right = matrix_entries(gold), matrix_entries(answer)
     if left is None and right is None:
         return None
     if left is None or right is None:
@@ -266,53 +232,16 @@ def _same_matrix(gold: Node, answer: Node) -> str | None:
 
 def _same_vector(matrix: list[list[Node]] | None, other: Node) -> str:
     """A matrix of one row or one column may be written as a tuple."""
-    if matrix is None or other.kind not in ("tuple", "list") or (other.kind == "tuple" and other.text not in ("()", "[]")):
+    if (
+        matrix is None
+        or other.kind not in ("tuple", "list")
+        or (other.kind == "tuple" and other.text not in ("()", "[]"))
+    ):
         return ""
     entries = [entry for row in matrix for entry in row]
     if 1 not in (len(matrix), len(matrix[0])) or len(entries) != len(other.args):
         return ""
     return "vector" if all(_same(a, b) for a, b in zip(entries, other.args, strict=True)) else ""
-
-
-def _matrix(node: Node) -> list[list[Node]] | None:
-    """Entries of a matrix, or of a sum, product or multiple of matrices up to 8 x 8; None for anything else."""
-    if node.kind == "matrix":
-        return [list(row.args) for row in node.args]
-    if node.kind == "neg" and (inner := _matrix(node.args[0])) is not None:
-        return [[Node("neg", (entry,)) for entry in row] for row in inner]
-    if node.kind not in ("add", "mul"):
-        return None
-    result: list[list[Node]] | None = None
-    scalars: list[Node] = []
-    for arg in node.args:
-        matrix = _matrix(arg)
-        if matrix is None:
-            if node.kind == "add":
-                return None
-            scalars.append(arg)
-        else:
-            result = matrix if result is None else _combine(result, matrix, node.kind)
-            if result is None:
-                return None
-    if result is None or not scalars:
-        return result
-    return [[Node("mul", (*scalars, entry)) for entry in row] for row in result]
-
-
-def _combine(left: list[list[Node]], right: list[list[Node]], kind: str) -> list[list[Node]] | None:
-    if max(len(left), len(left[0]), len(right), len(right[0])) > 8:
-        return None
-    if kind == "add":
-        if (len(left), len(left[0])) != (len(right), len(right[0])):
-            return None
-        return [[Node("add", pair) for pair in zip(a, b, strict=True)] for a, b in zip(left, right, strict=True)]
-    if len(left[0]) != len(right):
-        return None
-    columns = list(zip(*right, strict=True))
-    return [
-        [Node("add", tuple(Node("mul", pair) for pair in zip(row, column, strict=True))) for column in columns]
-        for row in left
-    ]
 
 
 # Relations
@@ -337,7 +266,8 @@ def _same_relation(gold: Node, answer: Node) -> str | None:
 
 
 def _value_of_relation(gold: Node, answer: Node) -> str:
-    """The answer is a relation, the reference is not: `x = 5` for 5, `35 + 70 = 105` for 105, `x >= 5` for an interval."""
+    """The answer is a relation, the reference is not: `x = 5` for 5, `35 + 70 = 105` for 105, `x >= 5` for an
+    interval."""
     signs = set(answer.text.split())
     if signs <= {"=", "~"}:
         if not _chain_holds(answer):
@@ -351,7 +281,8 @@ def _value_of_relation(gold: Node, answer: Node) -> str:
 
 
 def _relation_against_value(gold: Node, answer: Node) -> str:
-    """The reference is a relation, the answer is not: 5 for `x = 5`, 2x + 3 for `y = 2x + 3`, but not 0 for `x - 3z = 0`."""
+    """The reference is a relation, the answer is not: 5 for `x = 5`, 2x + 3 for `y = 2x + 3`, but not 0 for `x - 3z =
+    0`."""
     signs = set(gold.text.split())
     if signs == {"="}:
         return (_same(gold.args[-1], answer) or "") if _label(gold) else ""
@@ -388,12 +319,14 @@ def _is_name(node: Node) -> bool:
         return node.text not in ("i", "e")
     if node.kind == "opaque":
         return True
-    return node.kind in ("mul", "div", "tuple", "ratio", "abs", "unit", "list") and all(_is_name(arg) for arg in node.args)
+    return node.kind in ("mul", "div", "tuple", "ratio", "abs", "unit", "list") and all(
+        _is_name(arg) for arg in node.args
+    )
 
 
 def _proportional(gold: Node, answer: Node) -> str:
-    """Both relations have two sides whose differences agree up to a constant factor (positive for inequalities that point
-    the same way, negative for those that point the other way)."""
+    """Both relations have two sides whose differences agree up to a constant factor (positive for inequalities that
+    point the same way, negative for those that point the other way)."""
     flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
     if len(gold.args) != 2 or len(answer.args) != 2 or gold.text not in flipped:
         return ""
@@ -442,8 +375,8 @@ _COLLECTIONS = ("tuple", "set", "list", "group", "union", "intersection", "diffe
 def _same_collection(gold: Node, answer: Node) -> str | None:
     if gold.kind not in _COLLECTIONS and answer.kind not in _COLLECTIONS:
         return None
-    if max(len(gold.args), len(answer.args)) > MAX_ITEMS:
-        return ""
+    if len(answer.args) > 4 * len(gold.args) + 8:
+        return ""  # a list much longer than the reference is a guess; comparing all pairs would be slow
     if gold.kind not in _COLLECTIONS:
         if answer.kind in ("set", "list") and answer.args and (len(answer.args) == 1 or answer.kind == "list"):
             rules = [_same(gold, item) for item in answer.args]  # the same answer twice is one answer
@@ -458,7 +391,7 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
 
 def _decimal_comma(gold: Node, answer: Node) -> str:
     """`3,5` for 3.5: a comma between two bare numbers may be a decimal comma, when the reference is a decimal."""
-    parts = answer.args if answer.kind == "list" and answer.text == "," and _has_decimal(gold) else ()
+    parts = answer.args if answer.kind == "list" and answer.text == "," and has_decimal(gold) else ()
     if len(parts) != 2 or parts[1].kind != "number" or parts[1].decimal:
         return ""
     head = parts[0].args[0] if parts[0].kind == "neg" else parts[0]
@@ -512,85 +445,3 @@ def _ordered_by_names(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
             continue
         return True
     return False
-
-
-# Numbers and expressions
-
-
-_UNIT_LETTERS = frozenset("m s g h L l N J W V K A".split())
-
-
-def _without_unit_letters(node: Node) -> Node:
-    """`12 m/s` reads as a product of variables; drop trailing letters that are units."""
-    if node.kind == "div" and node.args[1].kind == "symbol" and node.args[1].text in _UNIT_LETTERS:
-        return _without_unit_letters(node.args[0])
-    if node.kind == "mul" and node.args[0].kind in ("number", "div", "neg", "root"):
-        letters = [arg.args[0] if arg.kind == "pow" else arg for arg in node.args[1:]]
-        if all(letter.kind == "symbol" and letter.text in _UNIT_LETTERS for letter in letters):
-            return node.args[0]
-    return node
-
-
-def _same_value(gold: Node, answer: Node) -> str | None:
-    if not free_symbols(gold):
-        answer = _without_unit_letters(answer)
-    left, right = exact_value(gold), exact_value(answer)
-    if left is not None and right is not None:
-        return _same_number(gold, answer, left, right)
-    names = free_symbols(gold) | free_symbols(answer)
-    if not names:
-        return _same_constant(gold, answer)
-    agreed = 0
-    for index, point in enumerate(sample_points(names)):
-        try:
-            a, b = evaluate(gold, point), evaluate(answer, point)
-        except Undefined:
-            continue
-        real = not context().im(a) and not context().im(b)
-        if nearly(a, b):
-            agreed += 1
-        elif index < 3 or real:
-            return None
-    return "expression" if agreed >= 2 else None
-
-
-def _same_number(gold: Node, answer: Node, left: Fraction, right: Fraction) -> str | None:
-    if left == right:
-        return "number"
-    if "percent" in (gold.kind, answer.kind):
-        bare_left, bare_right = _without_percent(gold), _without_percent(answer)
-        if bare_left == bare_right:
-            return "percent"
-    if (_has_decimal(answer) or _is_binary_float(right)) and abs(left - right) <= DECIMAL_TOLERANCE * abs(left):
-        return "decimal"
-    return None
-
-
-def _is_binary_float(value: Fraction) -> bool:
-    """A fraction over a large power of two is a floating-point number printed as a fraction."""
-    bottom = value.denominator
-    return bottom >= 2**30 and bottom & (bottom - 1) == 0
-
-
-def _without_percent(node: Node) -> Fraction | None:
-    return exact_value(node.args[0] if node.kind == "percent" else node)
-
-
-def _same_constant(gold: Node, answer: Node) -> str | None:
-    try:
-        a, b = evaluate(gold, {}), evaluate(answer, {})
-    except Undefined:
-        return None
-    if nearly(a, b):
-        return "expression"
-    if "percent" in (gold.kind, answer.kind) and _same_value(_bare_percent(gold), _bare_percent(answer)):
-        return "percent" if gold.kind != answer.kind else None
-    return "decimal" if _has_decimal(answer) and nearly(a, b, DECIMAL_TOLERANCE) else None
-
-
-def _bare_percent(node: Node) -> Node:
-    return node.args[0] if node.kind == "percent" else node
-
-
-def _has_decimal(node: Node) -> bool:
-    return node.decimal or any(_has_decimal(arg) for arg in node.args)

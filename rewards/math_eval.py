@@ -2,8 +2,8 @@
 
 In: a `Node`. Out: `exact_value` gives a Fraction or None; `sample_values` gives numbers with the variables replaced by
 reproducible pseudo-random points, so that two expressions are equal when they agree at every point where both are
-defined. Powers, factorials and arguments have limits (`TooLarge`), so a tower of powers costs microseconds. Everything is
-thread-safe: each thread has its own mpmath context.
+defined. Powers, factorials and arguments have limits (`TooLarge`), so a tower of powers costs microseconds.
+Everything is thread-safe: each thread has its own mpmath context.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from mpmath.ctx_mp import MPContext
+from mpmath.ctx_mp import MPContext  # type: ignore[import-untyped]
 
-from rewards.math_parse import Node
+from rewards.math_nodes import Node
+from rewards.math_tokens import name_set
 
 MAX_EXACT_BITS = 20_000
 MAX_MAGNITUDE_BITS = 1_000_000
 MAX_FACTORIAL = 2_000
 MAX_SUM_TERMS = 500
+MAX_OPERATIONS = 20_000
 DIGITS = 50
 _EQUAL = Fraction(1, 10**30)
 
@@ -87,7 +89,7 @@ def _exact_operation(kind: str, values: list[Fraction]) -> Fraction | None:
     if kind == "add":
         return sum(values[1:], first)
     if kind == "mul":
-        return math.prod(values)
+        return math.prod(values, start=Fraction(1))
     if kind == "div":
         return first / values[1] if values[1] else None
     if kind == "neg":
@@ -184,6 +186,7 @@ def _fraction_of(text: str) -> float:
 def evaluate(node: Node, point: dict[str, Any]) -> Any:
     """The value (mpf or mpc) of `node` with variables from `point`. Raises Undefined or TooLarge."""
     ctx = context()
+    ctx.operations = 0
     try:
         value = _evaluate(node, point, ctx)
     except (ZeroDivisionError, OverflowError, ValueError) as error:
@@ -197,6 +200,9 @@ def evaluate(node: Node, point: dict[str, Any]) -> Any:
 
 def _evaluate(node: Node, point: dict[str, Any], ctx: Any) -> Any:
     kind = node.kind
+    ctx.operations += 1
+    if ctx.operations > MAX_OPERATIONS:
+        raise TooLarge("more operations than the limit")
     if kind == "number":
         return ctx.mpf(node.number.numerator) / node.number.denominator
     if kind in ("symbol", "constant"):
@@ -263,12 +269,13 @@ def _eval_root(node: Node, point: dict[str, Any], ctx: Any) -> Any:
 
 
 _UNARY: dict[str, str] = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "asin": "asin", "acos": "acos", "atan": "atan",
-    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "coth": "coth", "ln": "log", "log": "log", "lg": "log10", "sqrt": "sqrt",
-    "cbrt": "cbrt", "abs": "fabs", "floor": "floor", "ceil": "ceil", "arg": "arg",
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin",
+    "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "asin": "asin",
+    "acos": "acos", "atan": "atan", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
+    "coth": "coth", "ln": "log", "log": "log",
+    "lg": "log10", "sqrt": "sqrt", "cbrt": "cbrt", "abs": "fabs", "floor": "floor", "ceil": "ceil", "arg": "arg",
 }  # fmt: skip
-_CIRCULAR = frozenset("sin cos tan cot sec csc".split())
+_CIRCULAR = name_set("sin cos tan cot sec csc")
 
 
 def _eval_function(node: Node, point: dict[str, Any], ctx: Any) -> Any:
@@ -353,7 +360,9 @@ _HANDLERS: dict[str, Callable[[Node, dict[str, Any], Any], Any]] = {
     "mul": _eval_mul,
     "div": _eval_div,
     "neg": lambda node, point, ctx: -_evaluate(node.args[0], point, ctx),
-    "pow": lambda node, point, ctx: _power(_evaluate(node.args[0], point, ctx), _evaluate(node.args[1], point, ctx), ctx),
+    "pow": lambda node, point, ctx: _power(
+        _evaluate(node.args[0], point, ctx), _evaluate(node.args[1], point, ctx), ctx
+    ),
     "root": _eval_root,
     "function": _eval_function,
     "factorial": _eval_factorial,

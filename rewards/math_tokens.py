@@ -1,9 +1,9 @@
 """Cleaned mathematical text to tokens.
 
 In: text from `latex_text.clean_math`. Out: a list of `Token`. Kinds: `number` (unsigned decimal literal), `letter` (one
-variable letter or a Greek command), `function` (sin, log, ...), `constant` (pi, infinity, ...), `word` (ordinary text), `op`
-(everything with syntax). Whether a run of letters is a word, a function or a product of variables is decided here, by the
-lists below.
+variable letter or a Greek command), `function` (sin, log, ...), `constant` (pi, infinity, ...), `word` (ordinary
+text), `op` (everything with syntax). Whether a run of letters is a word, a function or a product of variables is
+decided here, by the lists below.
 """
 
 from __future__ import annotations
@@ -14,23 +14,31 @@ from typing import Literal
 
 Kind = Literal["number", "letter", "function", "constant", "word", "op", "command", "end"]
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp sqrt cbrt abs floor ceil gcd lcm max "
-    "min det arg sgn asin acos atan deg binomial binom factorial".split()
+
+def name_set(text: str) -> frozenset[str]:
+    """The blank-separated names in `text`."""
+    return frozenset(text.split())
+
+
+FUNCTIONS = name_set(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp sqrt cbrt abs floor ceil "
+    "gcd lcm max min det arg sgn asin acos atan deg binomial binom factorial"
 )
-CONSTANTS = {
-    "pi": "pi", "infty": "infinity", "infinity": "infinity", "inf": "infinity", "oo": "infinity", "euler": "e"}  # fmt: skip
-GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega Gamma "
-    "Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar".split()
+CONSTANTS = {"pi": "pi", "infty": "infinity", "infinity": "infinity", "inf": "infinity", "oo": "infinity", "euler": "e"}
+GREEK = name_set(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
 )
 # Commands that the parser knows by name.
-SYNTAX = frozenset(
-    "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee equiv sim notin "
-    "rightarrow Rightarrow Leftrightarrow sum prod int lim mathbb lfloor rfloor lceil rceil overline bar vec hat prime cong "
-    "langle rangle angle triangle forall exists subset subseteq neg bmod pmod mod perp parallel tilde widehat overrightarrow".split()
+SYNTAX = name_set(
+    "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee "
+    "equiv sim notin rightarrow Rightarrow Leftrightarrow sum prod int lim mathbb lfloor rfloor lceil rceil "
+    "overline bar vec hat prime cong langle rangle angle triangle forall exists subset subseteq neg bmod pmod mod "
+    "perp parallel tilde widehat overrightarrow"
 )
-_TEXT_COMMANDS = frozenset("text mbox textbf textit textrm textnormal mathrm operatorname emph hbox texttt textsf textup".split())
+_TEXT_COMMANDS = name_set(
+    "text mbox textbf textit textrm textnormal mathrm operatorname emph hbox texttt textsf textup"
+)
 
 _TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -141,8 +149,8 @@ def _text_tokens(content: str) -> list[Token]:
 
 
 def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
-    """A run of letters outside of \\text: one letter is a variable, known names are functions or constants, two or three
-    letters right behind other mathematics are a product of variables, the rest is a word."""
+    """A run of letters outside of \\text: one letter is a variable, known names are functions or constants, two or
+    three letters right behind other mathematics are a product of variables, the rest is a word."""
     if len(word) == 1:
         return [Token("letter" if word.isascii() or "\u0370" <= word <= "\u03ff" else "word", word, spaced)]
     lower = word.lower()
@@ -158,16 +166,18 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
         return [Token("command", "cup", spaced)]
     if lower in SMALL_WORDS:
         return [Token("word", word, spaced)]
-    if len(word) <= 3 and word.isascii() and after.kind != "word" and not (spaced and after.kind == "number"):
-        if not (after.kind == "number" and lower in UNIT_LIKE):
-            return [Token("letter", char, spaced and index == 0) for index, char in enumerate(word)]
+    is_unit = after.kind == "number" and (spaced or lower in UNIT_LIKE)
+    if len(word) <= 3 and word.isascii() and after.kind != "word" and not is_unit:
+        return [Token("letter", char, spaced and index == 0) for index, char in enumerate(word)]
     return [Token("word", word, spaced)]
 
 
 # Short unit names that may stand right behind a number without a blank (`5cm`), where `5ab` is a product.
-UNIT_LIKE = frozenset("cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw".split())
+UNIT_LIKE = name_set(
+    "cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw"
+)
 # Short words of ordinary English that are never a product of variables.
-SMALL_WORDS = frozenset(
-    "is it so the of are to in by at as be we he she has had was not for all you can per its no an on if do but now our my his "
-    "her one two six ten get say see way day man men any how new old who did let".split()
+SMALL_WORDS = name_set(
+    "is it so the of are to in by at as be we he she has had was not for all you can per its no an on if do but now "
+    "our my his her one two six ten get say see way day man men any how new old who did let"
 )

@@ -1,8 +1,8 @@
 """`multiple_choice`: the letter (or the text) of the option that a completion chooses.
 
-In: completions, a column with the right letter and optionally a column with the options (`["A)21", "B)4", ...]` or plain
-texts in order). Out: one `Score` each, 1.0 or 0.0. Letters inside of words never count, and neither does a letter that is
-mentioned only to be rejected (`not A`). An answer block has to name exactly one option.
+In: completions, a column with the right letter and optionally a column with the options (`["A)21", "B)4", ...]` or
+plain texts in order). Out: one `Score` each, 1.0 or 0.0. Letters inside of words never count, and neither does a
+letter that is mentioned only to be rejected (`not A`). An answer block has to name exactly one option.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|
 # A letter by itself: `B`, `(B)`, `B)`, `**B.**`; CJK text may touch it.
 _MENTION = re.compile(r"(?<![A-Za-z0-9'_])(?:[(\[]?([A-J])|(?<=[(\[])([a-j])(?=[)\]]))(?![A-Za-z0-9'_])(\s*[)\].:,])?")
 _ARTICLE_CONTEXT = re.compile(r"\s+(?!(?:or|and|because|is|since|as)\b)[a-z]|'")
-_CHOICE_WORDS = re.compile(r"(?:\b(?:option|choice|answer|letter)s?|答案|选项|选)[\s:：是为(*]*(?:\bis\b[\s:(*]*)?\Z", re.IGNORECASE)
+_CHOICE_WORDS = re.compile(
+    r"(?:\b(?:option|choice|answer|letter)s?|答案|选项|选)[\s:：是为(*]*(?:\bis\b[\s:(*]*)?\Z", re.IGNORECASE
+)
 _MARKER = re.compile(
-    r"\b(?:answer|option|choice)\b[^.\n]{0,80}?(?:\bis\b|:|\bwould be\b)\s*:?|\b(?:choose|select|pick|go with)\b|答案\s*(?:是|为|：|:)"
-    r"|\br[ée]ponse\s+(?:est|:)",
+    r"\b(?:answer|option|choice)\b[^.\n]{0,80}?(?:\bis\b|:|\bwould be\b)\s*:?"
+    r"|\b(?:choose|select|pick|go with)\b|答案\s*(?:是|为|：|:)|\br[ée]ponse\s+(?:est|:)",
     re.IGNORECASE,
 )
-_NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z", re.IGNORECASE)
+_NEGATED = re.compile(
+    r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept"
+    r"|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
+    re.IGNORECASE,
+)
 _NO_OPTION = re.compile(
-    r"\bnone of the (?:given |above |answer |listed |provided )*(?:option|choice|answer)|\bnot (?:in|among|one of|an option in|available in) the "
+    r"\bnone of the (?:given |above |answer |listed |provided )*(?:option|choice|answer)"
+    r"|\bnot (?:in|among|one of|an option in|available in) the "
     r"(?:given |answer |listed |provided )*(?:option|choice|answer)|\berror in the\b|\bno correct (?:option|answer)",
     re.IGNORECASE,
 )
@@ -74,7 +81,7 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
     >>> chosen_letter("A B C D", read_options(None), strict=True).answer is None
     True
     """
-    if len(text) > 20 * MAX_CHARS and strict:
+    if len(text) > MAX_CHARS and strict:
         return Extraction(None, "the answer block is too long")
     text = _TEXT_COMMAND.sub("", text) if "\\boxed" not in text else text
     boxes = find_boxes(text)
@@ -186,12 +193,14 @@ def multiple_choice_reward(
     tagged: bool = True,
     **columns: Sequence[object],
 ) -> list[Score]:
-    """1.0 when the completion chooses the reference option by letter or by its text, else 0.0; None without a reference.
+    """1.0 when the completion chooses the reference option by letter or by its text, else 0.0; None without a
+    reference.
 
-    Range: {0, 1}. `tagged`: the choice must stand in the one answer block and be the only one; else the last choice after
-    thinking counts. ValueError when the column of references is missing or has another length.
+    Range: {0, 1}. `tagged`: the choice must stand in the one answer block and be the only one; else the last choice
+    after thinking counts. ValueError when the column of references is missing or has another length.
 
-    >>> multiple_choice_reward([], ["<think>2+2</think><answer>(B) 4</answer>"], answer=["B"], options=[["3", "4"]])[0].value
+    >>> text = "<think>2+2</think><answer>(B) 4</answer>"
+    >>> multiple_choice_reward([], [text], answer=["B"], options=[["3", "4"]])[0].value
     1.0
     """
     golds = columns.get(gold_column)

@@ -1,19 +1,21 @@
-"""English number words: `three`, `forty-two`, `one hundred and five`, `two thousand` to whole numbers below a million."""
+"""English number words: `three`, `forty-two`, `one hundred and five`, `two thousand` to whole numbers below a
+million."""
 
 from __future__ import annotations
 
 import re
 
-_SMALL = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
-    )
-}
-_TENS = {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+_SMALL_NAMES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS_NAMES = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: value for value, word in enumerate(_SMALL_NAMES.split())}
+_TENS = {word: 10 * value for value, word in enumerate(_TENS_NAMES.split(), start=2)}
 _ANY = "|".join([*_SMALL, *_TENS, "hundred", "thousand"])
-NUMBER_WORDS = re.compile(rf"\\b(?:{_ANY})(?:(?:\\s+and\\s+|[\\s-]+)(?:{_ANY}))*\\b".replace("\\\\", "\\"), re.IGNORECASE)
+NUMBER_WORDS = re.compile(
+    rf"\\b(?:{_ANY})(?:(?:\\s+and\\s+|[\\s-]+)(?:{_ANY}))*\\b".replace("\\\\", "\\"), re.IGNORECASE
+)
 
 
 def number_from_words(text: str) -> int | None:

@@ -1,7 +1,7 @@
 """Sets of real numbers: intervals, points, inequalities and their unions in one normal form.
 
-In: a `Node` such as `[-2, 7)`, `x < 3 or x > 5`, `\\mathbb{R}` or `(-\\infty, 0) \\cup \\{4\\}`. Out: `real_set(node)`, a sorted list of
-disjoint pieces with 50-digit ends, or None when the node is no such set.
+In: a `Node` such as `[-2, 7)`, `x < 3 or x > 5`, `\\mathbb{R}` or `(-\\infty, 0) \\cup \\{4\\}`. Out:
+`real_set(node)`, a sorted list of disjoint pieces with 50-digit ends, or None when the node is no such set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.math_eval import TooLarge, Undefined, context, evaluate, free_symbols, nearly
-from rewards.math_parse import Node
+from rewards.math_nodes import Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The guard in front of the last resort of `accuracy`, math-verify (sympy), which runs only in `rewards.symbolic_worker`.
+"""The guard in front of the last resort of `accuracy`, math-verify (sympy), which runs only in
+`rewards.symbolic_worker`.
 
-In: a text. Out: whether it may be given to sympy at all. Text that is long, deeply nested or holds large powers or factorials
-never reaches it; what passes still runs under the hard limits of the pool.
+In: a text. Out: whether it may be given to sympy at all. Text that is long, deeply nested or holds large powers or
+factorials never reaches it; what passes still runs under the hard limits of the pool.
 """
 
 from __future__ import annotations
@@ -35,5 +36,6 @@ def worth_trying(text: str) -> bool:
     if deepest > _MAX_DEPTH or re.search(r"\^\s*\{[^{}]*\^", text):
         return False
     return all(
-        len(re.sub(r"\D", "", match.group(1) or match.group(2) or "")) <= _MAX_DIGITS_IN_POWER for match in _POWER.finditer(text)
+        len(re.sub(r"\D", "", match.group(1) or match.group(2) or "")) <= _MAX_DIGITS_IN_POWER
+        for match in _POWER.finditer(text)
     )

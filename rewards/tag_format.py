@@ -1,8 +1,9 @@
 """The tag format of R1-Zero: `<think>...</think>` and then `<answer>...</answer>`, and nothing else but white space.
 
-In: completion text. Out: `Score` of `format`, `format_prefilled` and `tag_count`, and the content of the answer block for
-the other rewards. Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2 "format rewards"; the paper does not say how strict
-its check was. Departures: thinking and answer must not be empty, each tag occurs exactly once, and tags are case-sensitive.
+In: completion text. Out: `Score` of `format`, `format_prefilled` and `tag_count`, and the content of the answer block
+for the other rewards. Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2 "format rewards"; the paper does not say
+how strict its check was. Departures: thinking and answer must not be empty, each tag occurs exactly once, and tags are
+case-sensitive.
 
 One regular expression finds the tags in a single linear pass; everything else walks that list of tags.
 """
@@ -82,8 +83,8 @@ def format_fault(text: str) -> str | None:
 def answer_block(text: str) -> AnswerBlock:
     """The content of the answer block: exactly one `<answer>...</answer>` outside of thinking.
 
-    Thinking is what stands between `<think>` and `</think>`; a first `</think>` without an opening tag ends thinking that
-    the prompt opened. Text around the block is allowed here (that is `format`'s business), a second block is not.
+    Thinking is what stands between `<think>` and `</think>`; a first `</think>` without an opening tag ends thinking
+    that the prompt opened. Text around the block is allowed here (that is `format`'s business), a second block is not.
 
     >>> answer_block("<think>41</think><answer>42</answer>").content
     '42'
@@ -148,7 +149,8 @@ def format_prefilled_reward(
 
     Range: {0, 1}.
 
-    >>> [score.value for score in format_prefilled_reward([], ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"])]
+    >>> texts = ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"]
+    >>> [score.value for score in format_prefilled_reward([], texts)]
     [1.0, 0.0]
     """
     return [_score_format(THINK_OPEN + completion_text(completion)) for completion in completions]
@@ -180,8 +182,8 @@ def tag_count_reward(
     prefilled: bool = False,
     **columns: object,
 ) -> list[Score]:
-    """Partial credit on the way to `format`: 0.25 for each of the four tags that occurs exactly once and in order; a closing
-    tag counts only when its opening tag counted and the block between them is not empty.
+    """Partial credit on the way to `format`: 0.25 for each of the four tags that occurs exactly once and in order; a
+    closing tag counts only when its opening tag counted and the block between them is not empty.
 
     Range: {0, 0.25, 0.5, 0.75, 1}. `prefilled`: the prompt already ends with `<think>`. Source: open-r1's
     `tag_count_reward`; departure: order and emptiness matter, so bare tags earn 0.5 at most.

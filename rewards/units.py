@@ -1,7 +1,7 @@
 """Units of measure: which words behind a number name the same unit, which contradict each other.
 
-`units_conflict("feet", "inches")` is True: both are known and they differ. An unknown or missing unit never contradicts,
-because the question fixes the unit.
+`units_conflict("feet", "inches")` is True: both are known and they differ. An unknown or missing unit never
+contradicts, because the question fixes the unit.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import re
 _GROUPS = """
 inch inches in | foot feet ft | yard yards yd yds | mile miles mi | meter meters metre metres m | centimeter centimeters
 centimetre centimetres cm | millimeter millimeters mm | kilometer kilometers kilometre kilometres km
-second seconds sec secs s | minute minutes min mins | hour hours hr hrs h | day days | week weeks | month months | year years
-gram grams gm gms g | kilogram kilograms kg kgs | milligram milligrams mg | pound pounds lb lbs | ounce ounces oz | ton tons
-cent cents | dollar dollars usd buck bucks | euro euros
+second seconds sec secs s | minute minutes min mins | hour hours hr hrs h | day days | week weeks | month months |
+year years gram grams gm gms g | kilogram kilograms kg kgs | milligram milligrams mg | pound pounds lb lbs | ounce
+ounces oz | ton tons cent cents | dollar dollars usd buck bucks | euro euros
 liter liters litre litres l | milliliter milliliters ml | gallon gallons | quart quarts | pint pints | cup cups
 am | pm
 degree degrees deg | radian radians rad
 percent pct percentage
 """
 _UNIT = {
-    word: index for index, group in enumerate(re.split(r"[|\n]", _GROUPS.replace("centimeters\n", "centimeters "))) for word in group.split()
+    word: index
+    for index, group in enumerate(re.split(r"[|\n]", _GROUPS.replace("centimeters\n", "centimeters ")))
+    for word in group.split()
 }
 
 
@@ -28,7 +30,13 @@ def known_unit(text: str) -> str:
     """A key of the unit named in `text` (powers and `square` included), '' when there is no known unit."""
     lowered = text.lower().replace("a.m", "am").replace("p.m", "pm").replace("{", "").replace("}", "")
     keys = [str(_UNIT[word]) for word in re.findall(r"[a-z]+", lowered) if word in _UNIT]
-    power = "2" if "^2" in lowered or "square" in lowered or "sq" in lowered else "3" if "^3" in lowered or "cubic" in lowered else ""
+    power = (
+        "2"
+        if "^2" in lowered or "square" in lowered or "sq" in lowered
+        else "3"
+        if "^3" in lowered or "cubic" in lowered
+        else ""
+    )
     return "/".join(keys) + "^" + power if keys else ""
 
 

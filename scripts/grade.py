@@ -2,10 +2,11 @@
 
     python scripts/grade.py CASES.jsonl --out VERDICTS.jsonl [--tagged]
 
-A row has `id`, `task` (gsm8k, math, multiple_choice, countdown, code), `gold`, and `completion` or `completion_spec` ([[text, times], ...]);
-`options` where they apply. A verdict has `id`, `correct`, `extracted`, `gold`, `rule`, `reason`, `seconds`; with --tagged the answer must
-stand in the tags and `format_ok` is added. Where the rows have labels (`expected`, or `correct` and `format_ok`), the agreement
-is printed. Exit code 2: the file or its rows cannot be read; nothing is graded then.
+A row has `id`, `task` (gsm8k, math, multiple_choice, countdown, code), `gold`, and `completion` or `completion_spec`
+([[text, times], ...]); `options` where they apply. A verdict has `id`, `correct`, `extracted`, `gold`, `rule`,
+`reason`, `seconds`; with --tagged the answer must stand in the tags and `format_ok` is added. Where the rows have
+labels (`expected`, or `correct` and `format_ok`), the agreement is printed. Exit code 2: the
+file or its rows cannot be read; nothing is graded then.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             verdicts.append(verdict)
     seconds = sorted(verdict["seconds"] for verdict in verdicts)
     correct = sum(verdict["correct"] for verdict in verdicts)
-    print(f"{correct} of {len(verdicts)} correct; median {1e3 * seconds[len(seconds) // 2]:.3f} ms, slowest {seconds[-1]:.3f} s")
+    median_ms = 1e3 * seconds[len(seconds) // 2]
+    print(f"{correct} of {len(verdicts)} correct; median {median_ms:.3f} ms, slowest {seconds[-1]:.3f} s")
     for line in agreement(rows, verdicts):
         print(line)
     return 0
