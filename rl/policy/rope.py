@@ -5,8 +5,7 @@ head either interleaved (pairs x0 x1, x2 x3, ..., DeepSeek's own layout) or in h
 result is always in halves: queries and keys agree and only their dot products are used, and it is what the latent
 cache stores.
 
-Departs from transformers in keeping the tables in fp32 when the model is bf16: at position 4096 a bf16 cosine is one
-step of 0.4 % off, and sampling and training share the tables anyway.
+Departs from transformers in keeping the tables in fp32 when the model is bf16, where it rounds every cosine to 8 bits.
 """
 
 from __future__ import annotations
