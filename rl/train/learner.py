@@ -324,7 +324,7 @@ class Learner:
             if path is None:
                 raise ValueError(f"{folder} holds no DeepSpeed state for {self.world_size} ranks at ZeRO stage {self.stage}")
         else:
-            state = torch.load(os.path.join(folder, "learner.pt"), map_location=self.device, weights_only=True)
+            state = torch.load(os.path.join(folder, "learner.pt"), map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +21,7 @@ from rl.distributed import is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.experience import TextOf
-from rl.train.learner import make_accelerator
+from rl.train.learner import Accelerator, make_accelerator
 from rl.types import RolloutEngine, SamplingParams
 
 COLD_START = "cold_start"

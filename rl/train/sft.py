@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_sft_rows
+from rl.data import ProblemOrder, load_problems, load_sft_rows, refuse_overlap
 from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
@@ -37,6 +37,10 @@ def train_cold_start(recipe: Recipe, *, resume: bool = False) -> Path:
     section = recipe.sft
     session = open_session(recipe, folder=recipe.run_folder / COLD_START)
     rows = load_sft_rows(section, recipe.data.template, session.tokenizer, seed=recipe.seed)
+    if recipe.data.eval is not None:
+        held_out = load_problems(recipe.data, session.tokenizer, "eval", seed=recipe.seed)
+        trained = [row.prompt for row in rows]
+        refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
     policy = make_policy(recipe.model, session.tokenizer, seed=recipe.seed, device=session.accelerator.device)
     learner = Learner(
         policy,
