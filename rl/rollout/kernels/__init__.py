@@ -1,0 +1,26 @@
+"""Triton kernels of the decode step. `unsupported` says whether a policy can use them; only then import the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+
+def unsupported(policy: Any) -> str | None:
+    """Why this policy has to decode with plain torch, or None: the kernels take it."""
+    weight = policy.lm_head.weight
+    if not weight.is_cuda:
+        return f"its parameters are on {weight.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"its dtype is {weight.dtype}"
+    config = policy.config
+    widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0]
+    if any(width * weight.element_size() % 16 for width in widths):
+        return f"rows of its matrices are not multiples of 16 bytes ({widths} x {weight.dtype})"
+    if torch.cuda.get_device_capability(weight.device) < (9, 0):
+        return "the expert kernels use Hopper's bulk copies"
+    return None

@@ -111,9 +111,10 @@ class FusedDecoder:
         inner = max(config.moe_intermediate_size or 0, 0)
         self._act = empty(max(rows * self._parts * inner, rows * config.intermediate_size))
         self._y = torch.zeros(rows * max(self._parts, 1) * width, dtype=self.dtype, device=self.device)
+        self.counts: torch.Tensor | None = None
         if moe:
             experts = config.n_routed_experts
-            self._counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
+            self.counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
             self._lists = torch.zeros(experts, rows, dtype=torch.int32, device=self.device)
             self._weights = torch.zeros(rows * self._top_k, dtype=torch.float32, device=self.device)
 
@@ -164,13 +165,13 @@ class FusedDecoder:
         prompt: Sequence[torch.Tensor],
         record: torch.Tensor | None,
     ) -> torch.Tensor:
-        """own, prompt: per layer (slots, T, C + R); record: (slots, T, Lm, K) integers or None -> logits (N, V)."""
+        """own, prompt: per layer (slots, T, C + R); record: (slots, T, Lm, K) integers or None -> logits (N, V).
+
+        `counts` must be zero on entry (`rows.begin` clears it)."""
         num_rows = inputs.tokens.shape[0]
         x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
         hidden = self._hidden[:num_rows]
         parts: torch.Tensor | None = None
-        if self.config.moe_layers:
-            self._counts.zero_()
         moe_index = 0
         for i, layer in enumerate(self.layers):
             norm = layer.module.input_layernorm
@@ -245,7 +246,8 @@ class FusedDecoder:
     ) -> torch.Tensor:
         num_rows, width = hidden.shape
         weights = self._weights[: num_rows * self._top_k].view(num_rows, self._top_k)
-        counts = self._counts[moe_index]
+        assert self.counts is not None
+        counts = self.counts[moe_index]
         route(
             hidden, layer.router, num_shared=layer.experts.num_shared, slots=inputs.slots, places=inputs.places,
             weights=weights, counts=counts, lists=self._lists, record=record,

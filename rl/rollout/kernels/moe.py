@@ -108,7 +108,7 @@ def _rows_of_tile(
     return assignment, valid, weight, part, expert, is_shared
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
     x_ptr,
     gate_up_desc,
@@ -174,7 +174,7 @@ def _gate_up_kernel(
     tl.store(act_ptrs, tl.trans(act).to(act_ptr.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _down_kernel(
     act_ptr,
     down_desc,

@@ -16,7 +16,7 @@ import triton.language as tl
 from rl.rollout.kernels.layout import cdiv, dot_precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _absorb_kernel(
     q_ptr,
     kv_ptr,
@@ -132,7 +132,7 @@ def _write_cache_rows(
     tl.store(target + C + R // 2 + pair[None, :], second.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_kernel(
     partial_ptr,
     lse_ptr,

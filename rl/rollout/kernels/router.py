@@ -19,7 +19,7 @@ import triton.language as tl
 from rl.rollout.kernels.layout import cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _router_kernel(
     h_ptr,
     gate_ptr,

@@ -58,6 +58,7 @@ def _race_kernel(
     total_ptr,
     vocab,
     stride,
+    step_offset,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     FAST: tl.constexpr,
@@ -69,7 +70,7 @@ def _race_kernel(
     noisy = tl.load(how_ptr + 1)
     golden = 0x9E3779B97F4A7C15
     seed = tl.load(seeds_ptr + row).to(tl.uint64)
-    step = tl.load(steps_ptr + row).to(tl.uint64)
+    step = (tl.load(steps_ptr + row) + step_offset).to(tl.uint64)
     key = _mix(_mix(seed + golden) + step * golden)
 
     lane = tl.arange(0, BLOCK)
@@ -125,20 +126,31 @@ def _finish_kernel(
     tl.store(logprobs_ptr + row, logit - top - tl.log(total))
 
 
-def draw(
-    logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, how: torch.Tensor
+def race(
+    logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, how: torch.Tensor, *, step_offset: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (N, V), last axis contiguous; seeds, steps (N,) int64; how (2,) float32 -> token int64, logprob float32."""
+    """The pass over the logits: -> floats (4, N, chunks): best score, its logit, top logit, sum of exponentials; winning
+    ids (N, chunks) int32. Randomness is that of step `steps[n] + step_offset`."""
     num_rows, vocab = logits.shape
     chunks = cdiv(vocab, _CHUNK)
     floats = torch.empty(4, num_rows, chunks, dtype=torch.float32, device=logits.device)
     winners = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     _race_kernel[(num_rows, chunks)](
         logits, seeds, steps, how, floats[0], winners, floats[1], floats[2], floats[3], vocab, logits.stride(0),
-        BLOCK=_BLOCK, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=4,
+        step_offset, BLOCK=_BLOCK, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=4,
     )  # fmt: skip
+    return floats, winners
+
+
+def draw(
+    logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, how: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (N, V), last axis contiguous; seeds, steps (N,) int64; how (2,) float32 -> token int64, logprob float32."""
+    num_rows = logits.shape[0]
+    floats, winners = race(logits, seeds, steps, how)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    chunks = winners.shape[1]
     _finish_kernel[(num_rows,)](
         floats[0], winners, floats[1], floats[2], floats[3], tokens, logprobs,
         CHUNKS=chunks, POW2=triton.next_power_of_2(chunks), num_warps=1,

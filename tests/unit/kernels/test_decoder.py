@@ -64,6 +64,8 @@ def test_decode_equals_forward(name: str) -> None:
             prompt_lengths=ints([*lengths, 0]),
             tiles=tiles,
         )
+        assert decoder.counts is not None
+        decoder.counts.zero_()
         found.append(decoder(inputs, own_cache, prompt_cache, record)[:4])
     logits = torch.stack(found, dim=1)
     for n, slot in enumerate([4, 1, 0, 2]):

@@ -11,7 +11,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.moe import Router
 from rl.policy.rope import RotaryEmbedding, rotate
 from rl.rollout import sampling as torch_sampling
-from rl.rollout.kernels import attention, moe, norm, projections, reference, router, sampling
+from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling
 from rl.rollout.kernels.decoder import prompt_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -296,3 +296,43 @@ def test_prompt_tiles_by_hand() -> None:
         prompt_tiles([[0], [1], [2]], 2, 2)
 
 
+
+
+def test_begin_and_finish_keep_the_row_state() -> None:
+    """Row 0 goes on, row 1 draws a stop token, row 2 reaches the limit of 4, row 3 had ended before."""
+    vocab, limit, count = 40, 4, 4
+
+    def longs(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=DEVICE)
+
+    state = rows.Rows(
+        token=longs([1, 1, 1, 1]), own_len=longs([0, 1, 2, 1]), prompt_slot=longs([0, 0, 1, 1]),
+        prompt_len=longs([5, 5, 9, 9]), seed=longs([1, 2, 3, 4]), done=torch.tensor([False, False, False, True], device=DEVICE),
+        out_tokens=torch.zeros(count, limit + 1, dtype=torch.int64, device=DEVICE),
+        out_logprobs=torch.zeros(count, limit + 1, device=DEVICE), stops=longs([7, 30]),
+    )  # fmt: skip
+    counts = torch.ones(3, 700, dtype=torch.int32, device=DEVICE)
+    scratch = torch.full((5, 6), -9, dtype=torch.int32, device=DEVICE)
+    found = rows.begin(state, scratch, counts, count)
+    expected = [[5, 6, 11, 0], [0, 1, 2, -1], [1, 2, 3, 0], [0, 0, 1, 1], [5, 5, 9, 9]]
+    assert [line.tolist() for line in found] == expected
+    assert not counts.any() and scratch[:, 4:].eq(-9).all()
+    logits = torch.zeros(count, vocab, device=DEVICE)
+    for row, token in enumerate([3, 30, 4, 9]):
+        logits[row, token] = 10.0
+    greedy = torch.tensor([1.0, 0.0], device=DEVICE)
+    rows.finish(state, *sampling.race(logits, state.seed, state.own_len, greedy, step_offset=1))
+    assert state.token.tolist() == [3, 30, 4, 9]
+    assert state.own_len.tolist() == [1, 2, 3, 1]
+    assert state.done.tolist() == [False, True, True, True]
+    assert state.out_tokens.tolist() == [[0, 3, 0, 0, 0], [0, 0, 30, 0, 0], [0, 0, 0, 4, 0], [0, 0, 9, 0, 0]]
+    logprob = 10.0 - math.log(math.exp(10.0) + vocab - 1)
+    assert abs(float(state.out_logprobs[2, 3]) - logprob) < 1e-5
+
+
+def test_race_uses_the_given_step() -> None:
+    logits, seeds = drawn(5, 300), torch.arange(5, device=DEVICE)
+    how = torch.tensor([1.0, 1.0], device=DEVICE)
+    _, shifted = sampling.race(logits, seeds, torch.full((5,), 6, device=DEVICE), how, step_offset=3)
+    tokens, _ = sampling.draw(logits, seeds, torch.full((5,), 9, device=DEVICE), how)
+    assert shifted.view(-1).tolist() == tokens.tolist()

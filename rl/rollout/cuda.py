@@ -1,0 +1,162 @@
+"""Decode on a GPU: the Triton decode step captured in CUDA graphs, one for each size of a ladder of batches.
+
+In: the policy, the rollout's cache and row state. `advance(steps)` replays the graph of the smallest rung that holds the live
+rows; sampling, log-probabilities, stop tokens and length limits are part of it, so the host neither waits nor looks between
+steps. Rows beyond the live ones, and rows that have ended, stand still: they join no expert's list and read no cache
+of their own. What a graph reads from the host's side (who shares a prompt) is a device table that `regroup` rewrites.
+
+Graphs belong to one rollout, since cache and state are given back after it; capturing one takes 10 to 30 ms. Kernels are
+compiled before the first capture of a size by a step in which every row stands still (`warmed`, kept by the engine).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rl.rollout.cache import LatentCache
+from rl.rollout.kernels.decoder import FusedDecoder, StepInputs, prompt_tiles
+from rl.rollout.kernels.rows import Rows, begin, finish
+from rl.rollout.kernels.sampling import draw, race
+from rl.rollout.sampling import Sampler
+from rl.rollout.state import RowState
+
+
+class CudaStepper:
+    """warmed: batch sizes whose kernels are compiled already, updated here. `capture_s`, `warm_s`: time spent so far on
+    capturing and on compiling."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        policy: Any,
+        cache: LatentCache,
+        state: RowState,
+        sampler: Sampler,
+        *,
+        positions: int,
+        warmed: set[int],
+    ) -> None:
+        self.cache, self.state, self.sampler = cache, state, sampler
+        self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
+        self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
+        self.capture_s = self.warm_s = 0.0
+        device = state.device
+        self._warmed = warmed
+        self._how = sampling_switches(sampler).to(device)
+        self._rows = Rows(
+            token=state.token,
+            own_len=state.own_len,
+            prompt_slot=state.prompt_slot,
+            prompt_len=state.prompt_len,
+            seed=state.seed,
+            done=state.done,
+            out_tokens=state.out_tokens,
+            out_logprobs=state.out_logprobs,
+            stops=state.stops,
+        )
+        self._slots = torch.arange(state.slots, dtype=torch.int32, device=device)
+        self._indices = torch.zeros(5, state.slots, dtype=torch.int32, device=device)
+        self._tiles = torch.full((state.slots, self.decoder.rows_per_tile), -1, dtype=torch.int32, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._size = 0
+
+    def column_order(self) -> None:
+        """The kernels keep the policy's own order of cache columns."""
+
+    def draw(
+        self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits (n, V), seeds and steps (n,) int64 -> token (n,) int64, logprob (n,) float32."""
+        if sampler.truncates:
+            return sampler(logits, seeds, steps)
+        return draw(logits, seeds, steps, self._how)
+
+    def regroup(self, prompt_slots: Sequence[int], prompt_lens: Sequence[int]) -> None:
+        """Row r reads prompt slot prompt_slots[r] from now on; rows beyond stand still."""
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(prompt_slots):
+            members.setdefault(slot, []).append(row)
+        table = prompt_tiles(list(members.values()), self.decoder.rows_per_tile, self.state.slots)
+        self._tiles.copy_(torch.tensor(table, dtype=torch.int32), non_blocking=True)
+        self._size = batch_rung(len(prompt_slots), self.state.slots)
+
+    def advance(self, steps: int) -> None:
+        """`steps` decode steps of all live rows, queued on the device."""
+        graph = self._graphs.get(self._size) or self._capture(self._size)
+        for _ in range(steps):
+            graph.replay()
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._warmed:
+            began = time.perf_counter()
+            self._stand_still(size)
+            self._warmed.add(size)
+            self.warm_s += time.perf_counter() - began
+        began = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(self.state.device)
+        side.wait_stream(torch.cuda.current_stream())
+        # torch.cuda.graph() would collect garbage and empty the allocator's cache each time.
+        with torch.cuda.stream(side):
+            graph.capture_begin(*(() if self._pool is None else (self._pool,)), capture_error_mode="thread_local")
+            self._step(size)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        self._pool = graph.pool()
+        self._graphs[size] = graph
+        self.capture_s += time.perf_counter() - began
+        return graph
+
+    def _stand_still(self, size: int) -> None:
+        """A step that changes nothing, so that every kernel is compiled and loaded."""
+        token, done = self.state.token.clone(), self.state.done.clone()
+        self.state.done.fill_(True)
+        self._step(size)
+        self.state.token.copy_(token)
+        self.state.done.copy_(done)
+        torch.cuda.synchronize()
+
+    def _step(self, size: int) -> None:
+        state = self.state
+        positions, places, own_lengths, prompt_slots, prompt_lengths = begin(
+            self._rows, self._indices, self.decoder.counts, size
+        )
+        inputs = StepInputs(
+            tokens=state.token[:size],
+            positions=positions,
+            slots=self._slots[:size],
+            places=places,
+            own_lengths=own_lengths,
+            prompt_slots=prompt_slots,
+            prompt_lengths=prompt_lengths,
+            tiles=self._tiles[:size],
+        )
+        logits = self.decoder(inputs, self.cache.own, self.cache.prompt, state.out_routes)  # type: ignore[arg-type]
+        seeds = state.seed[:size]
+        if self.sampler.truncates:
+            steps = state.own_len[:size] + 1
+            state.record(state.rows[:size], *self.sampler(logits, seeds, steps))
+        else:
+            finish(self._rows, *race(logits, seeds, state.own_len, self._how, step_offset=1))
+
+
+def sampling_switches(sampler: Sampler) -> torch.Tensor:
+    """[1 / temperature, noise on or off], what the sampling kernel reads."""
+    return torch.tensor([1.0, 0.0] if sampler.greedy else [1.0 / sampler.temperature, 1.0], dtype=torch.float32)
+
+
+def batch_rung(rows: int, most: int) -> int:
+    """The ladder of captured batch sizes: 1, 2, 4, 8, then steps of a quarter of the power of two below (10, 12, 14, 16, 20,
+    ...), so that padding costs at most a fifth; never above `most`."""
+    if rows <= 8:
+        rung = 1 << max(rows - 1, 0).bit_length()
+    else:
+        step = (1 << (rows - 1).bit_length()) // 8
+        rung = -(-rows // step) * step
+    return min(rung, most)
