@@ -131,7 +131,7 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     varlen_attn = _varlen_attn()
     if varlen_attn is None or dtype not in (torch.bfloat16, torch.float16) or width > 256 or width % 8:
         return False
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # the first caller may be a rollout
         q, k, v = (torch.zeros(16, 1, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         cu = torch.tensor([0, 16], device=device, dtype=torch.int32)
         try:

@@ -31,7 +31,8 @@ class RotaryEmbedding:
         """positions: (T,) integers -> cos, sin: (T, R/2) float32, YaRN's temperature included."""
         inv_freq = self._on_device.get(positions.device)
         if inv_freq is None:
-            inv_freq = self._on_device[positions.device] = self.inv_freq.to(positions.device)
+            with torch.inference_mode(False):  # the first caller may be a rollout; training uses the same tensor
+                inv_freq = self._on_device[positions.device] = self.inv_freq.to(positions.device)
         angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
         if self.table_scale == 1.0:
             return angles.cos(), angles.sin()

@@ -206,3 +206,14 @@ def test_double_precision_runs_and_agrees() -> None:
     single = policy(tokens, cu, max(LENGTHS)).hidden
     double = policy.double()(tokens, cu, max(LENGTHS)).hidden
     assert (single - double).abs().max() <= ALLOWED
+
+
+def test_a_rollout_before_training_changes_nothing() -> None:
+    """What is cached under inference_mode (tables, probes) must serve training afterwards."""
+    policy = small_policy()
+    tokens, cu = packed()
+    with torch.inference_mode():
+        policy(tokens, cu, max(LENGTHS))
+    _, _, got = gradients(policy)
+    _, _, wanted = gradients(small_policy())
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
