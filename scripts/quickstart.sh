@@ -12,3 +12,11 @@ echo "[quickstart] 1/2 cold start: imitate traces, most of which guess"
 "${launch[@]}" scripts/sft.py --config "$recipe" "$@"
 echo "[quickstart] 2/2 GRPO: find out that reasoning to the end pays"
 "${launch[@]}" scripts/grpo.py --config "$recipe" "$@"
+cat <<'TEXT'
+
+What to try next:
+  bash scripts/quickstart.sh --seed 1                 another seed
+  bash scripts/quickstart.sh --grpo.loss_type gspo --name gspo
+  accelerate launch --config_file recipes/accelerate_configs/cpu.yaml scripts/grpo.py --config recipes/gsm8k/tiny_cpu.yaml
+  your own reward function: rewards/README.md         your own data: README.md, "Using your data"
+TEXT

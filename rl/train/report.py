@@ -217,3 +217,22 @@ def _cold_start_seconds(path: Path) -> float | None:
         return None
     seconds = json.loads(path.read_text(encoding="utf-8")).get("train_seconds")
     return None if seconds is None else float(seconds)
+
+
+def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
+    """What a run says last: held-out accuracy and length before and after, time, and where to look."""
+    lines = ["", f"Run {summary['name']}, seed {summary['seed']}: {summary['train_seconds']:.0f} s of training"]
+    before, after = "before GRPO", "after GRPO"
+    for label, prefix in ((before, "cold_start"), (after, "final")):
+        accuracy, length = summary[f"{prefix}_accuracy"], summary[f"{prefix}_mean_length"]
+        if accuracy is not None:
+            greedy = summary[f"{prefix}_accuracy_greedy"]
+            also = "" if greedy is None or greedy == accuracy else f" ({greedy:.1%} greedy)"
+            lines.append(f"  held-out accuracy {label:<12} {accuracy:>6.1%}{also}, {length:.1f} tokens a completion")
+    lines += [
+        f"  everything is in  {folder}",
+        f"  the curves        {folder / CURVES_FILE}",
+        f"  what it says      {folder / 'completions.jsonl'}",
+        f"  the policy        {folder / 'policy'} (opens with transformers)",
+    ]
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ from rl.train.experience import Experience, collect
 from rl.train.keeping import Keeper, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
-from rl.train.report import write_run_report
+from rl.train.report import closing_text, write_run_report
 from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
 from rl.train.step_metrics import step_metrics
 from rl.train.update import GRPOUpdate
@@ -125,7 +125,8 @@ class GRPOTrainer:
         if recipe.checkpoint.save_final_policy:
             save_final_policy(self.learner, self.session.folder / POLICY_FOLDER, self.session.tokenizer)
         if is_main_process():
-            write_run_report(self.session.folder, recipe, first=first, last=last, train_seconds=seconds)
+            summary = write_run_report(self.session.folder, recipe, first=first, last=last, train_seconds=seconds)
+            print(closing_text(summary, self.session.folder), flush=True)
         self.scorer.close()
 
     def step(self, step: int) -> tuple[dict[str, float], Experience]:
