@@ -255,6 +255,7 @@ def _become_program(body: Any, fds: tuple[int, int, int], limit_s: float, settin
     ):
         resource.setrlimit(kind, (limit, limit))
     _LIBC.prctl(PR_SET_DUMPABLE, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.enable()
     run_and_leave(body)
 
@@ -338,6 +339,7 @@ def _install_filter(code: bytes) -> None:
 def main() -> None:
     if os.getpid() != 1:
         sys.exit("this program kills all other processes it can reach: it must be process 1 of its own namespace")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python handles, and so lets through to process 1
     channel = LineChannel(0, 1)
     settings = channel.receive()
     _drop_rights(settings)
