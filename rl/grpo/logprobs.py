@@ -1,11 +1,9 @@
-"""Hidden states -> logprobs and entropies of the tokens that were sampled; and the only shift between tokens and
-logits.
+"""Hidden states -> logprobs and entropies of the tokens that were sampled; the only shift between tokens and logits.
 
 The logits of T tokens over a vocabulary of V are never all held: chunks of tokens go through `lm_head` one at a time
 and, when there is more than one chunk, are computed again in the backward pass (16,384 tokens x 128k vocabulary would
-be 4 GiB in bf16, and a plain log-softmax keeps several such arrays in fp32). Inside a chunk one autograd function does
-what autograd would do with five fp32 arrays: it keeps the logits in their own dtype, and writes softmax - onehot
-straight into one fp32 buffer.
+be 4 GiB in bf16, and autograd through a plain log-softmax keeps several such arrays in fp32). Inside a chunk one
+autograd function does with two fp32 arrays: the log-softmax, and softmax - onehot, which becomes the gradient.
 """
 
 from __future__ import annotations
@@ -102,13 +100,10 @@ def token_logprobs(
     chunks = num_chunks or max(1, -(-total // chunk_tokens))
     size = max(1, -(-total // chunks))
 
-    def score(rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _SelectLogprob.apply(lm_head(rows), chosen, temperature)
-        return result
-
     scored = []
     for i in range(chunks):
         rows, chosen = hidden[i * size : (i + 1) * size], targets[i * size : (i + 1) * size]
+        score = _ChunkScorer(lm_head, temperature)
         if chunks > 1 and torch.is_grad_enabled():
             scored.append(checkpoint(score, rows, chosen, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -124,37 +119,49 @@ def suggest_chunk_tokens(vocab_size: int, *, budget_bytes: int = 2**31) -> int:
     return max(16, budget_bytes // (12 * vocab_size))
 
 
+class _ChunkScorer:
+    """Scores one chunk; called a second time, by the backward pass, it leaves out the entropy, which has no
+    gradient."""
+
+    def __init__(self, lm_head: Callable[[Tensor], Tensor], temperature: float) -> None:
+        self.lm_head = lm_head
+        self.temperature = temperature
+        self.called = False
+
+    def __call__(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(rows)
+        result: tuple[Tensor, Tensor] = _SelectLogprob.apply(logits, targets, self.temperature, not self.called)
+        self.called = True
+        return result
+
+
 class _SelectLogprob(torch.autograd.Function):
-    """logits (t, V), targets (t,), temperature -> (logprob (t,), entropy (t,)) in at least float32."""
+    """logits (t, V), targets (t,), temperature -> (logprob (t,), entropy (t,)) in at least float32; entropy 0 unless
+    asked."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scores = _scaled(logits, temperature)
-        highest = scores.amax(-1, keepdim=True)
-        scores.sub_(highest)
-        weights = scores.exp()
-        total = weights.sum(-1)
-        log_total = total.log()
-        logprobs = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_total
-        # sum_v p_v log p_v as a batched dot product: no third (t, V) array
-        mean_score = torch.bmm(weights.unsqueeze(1), scores.unsqueeze(2)).flatten() / total
-        entropy = log_total - mean_score
-        ctx.save_for_backward(logits, targets, highest.squeeze(-1) + log_total)
-        ctx.temperature = temperature
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        # one kernel reads the logits as they are and writes float32; the division would lose digits in bfloat16
+        scores = logits if temperature == 1.0 else logits.to(dtype, copy=True).div_(temperature)
+        table = torch.log_softmax(scores, -1, dtype=dtype)
+        logprobs = table.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        if with_entropy:  # -sum_v p_v log p_v as a batched dot product: no third (t, V) array
+            entropy = -torch.bmm(table.exp().unsqueeze(1), table.unsqueeze(2)).flatten()
+        else:
+            entropy = torch.zeros_like(logprobs)
+        ctx.save_for_backward(table, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """d logprob / d logits = (onehot - softmax) / temperature."""
-        logits, targets, log_normalizer = ctx.saved_tensors
+        table, targets = ctx.saved_tensors
         slope = (grads[0] / ctx.temperature).unsqueeze(-1)
-        grad = _scaled(logits, ctx.temperature).sub_(log_normalizer.unsqueeze(-1)).exp_().mul_(-slope)
+        grad = table.exp().mul_(-slope)
         grad.scatter_add_(-1, targets.unsqueeze(-1), slope)
-        return grad.to(logits.dtype), None, None
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A fresh array of logits / temperature in float32 (float64 stays)."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    return scores if temperature == 1.0 else scores.div_(temperature)
+        return grad.to(ctx.dtype), None, None, None
