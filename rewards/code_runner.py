@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.code_tests import CallCase, Case, StdinCase, TestCodeCase, same_output, same_value
+from rewards.code_tests import CallCase, Case, StdinCase, ScriptCase, same_output, same_value
 from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
 
@@ -121,7 +121,7 @@ class _ProgramRun:
         same = bool(value == case.output) if case.exact else same_value(value, case.output)
         return "" if same else f"wrong value: returned {repr(value)[:80]}"
 
-    def _check_test(self, case: TestCodeCase) -> str:
+    def _check_test(self, case: ScriptCase) -> str:
         """Carry calls from the test to the program and data back, until the test says how it went."""
         test = _warm_sandbox("test", self._limits.sandbox)
         result = test.open_test(case.code, list(case.names), limit_s=self._left(), total_s=self._limits.program_s)

@@ -47,14 +47,14 @@ class CallCase:
 
 
 @dataclass(frozen=True, slots=True)
-class TestCodeCase:
+class ScriptCase:
     """`code` runs apart from the program; in it, `names` are stand-ins for the program's functions."""
 
     code: str
     names: tuple[str, ...]
 
 
-Case = StdinCase | CallCase | TestCodeCase
+Case = StdinCase | CallCase | ScriptCase
 
 
 def parse_tests(raw: Any) -> list[Case]:
@@ -90,7 +90,7 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
             raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
         setup = str(raw.get("setup") or "")
         return [
-            (None if setup else _plain_assert(test, names)) or TestCodeCase(f"{setup}\n{test}", names) for test in tests
+            (None if setup else _plain_assert(test, names)) or ScriptCase(f"{setup}\n{test}", names) for test in tests
         ]
     if "cases" in raw:
         if len(names) != 1:

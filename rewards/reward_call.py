@@ -64,6 +64,10 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
     renamed = set(entry.columns.values())
     for name in [*entry.required_columns, *renamed]:
         batch.column(name, entry.name)
+    for key, value in entry.params.items():  # by convention such a parameter names a column
+        if key.endswith("_column") and isinstance(value, str) and value not in batch.columns:
+            have = ", ".join(sorted(batch.columns)) or "none"
+            raise ValueError(f"{entry.name}: {key}: the dataset has no column {value!r}; it has: {have}")
     columns = {key: values for key, values in batch.columns.items() if key not in renamed}
     columns |= {argument: batch.columns[column] for argument, column in entry.columns.items()}
     own = {

@@ -1,0 +1,315 @@
+"""`code`: programs are scored by tests that they cannot see, by either style, and nothing that they do to the process
+helps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewards import code_runner
+from rewards.base import Score
+from rewards.code import code_format_reward, code_reward, extract_program, fenced_blocks
+from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
+from rewards.pool import VerifierPool
+from rewards.sandbox import SandboxUnavailable, isolation_method
+
+
+def _isolates() -> bool:
+    try:
+        isolation_method()
+    except SandboxUnavailable:
+        return False
+    return True
+
+
+needs_isolation = pytest.mark.skipif(
+    not _isolates(), reason="neither bubblewrap nor namespaces isolate on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    with VerifierPool(workers=2, time_limit_s=30) as pool:
+        yield pool
+
+
+def tagged(program: str) -> str:
+    return f"<think>t</think>\n<answer>\n```python\n{program}\n```\n</answer>"
+
+
+def grade(pool: VerifierPool, program: str, tests: Any, **params: Any) -> Score:
+    return code_reward([""], [tagged(program)], tests=[tests], pool=pool, **{"time_limit_s": 1.0, **params})[0]
+
+
+SQUARES = [{"input": "2", "output": "4\n"}, {"input": "3", "output": "9\n"}, {"input": "-1", "output": "1\n"}]
+ADD_CASES = {"entry_point": "add", "cases": [{"args": [1, 2], "output": 3}, {"args": [-1, 1], "output": 0}]}
+ADD_TESTS = {"entry_point": "add", "tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
+ADD_LOOP = {
+    "entry_point": "add",
+    "tests": ["for n in range(5):\n    assert add(n, n) == 2 * n, n", "assert not add(0, 0)"],
+}
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "tests", "value", "says"),
+    [
+        ("print(int(input()) ** 2)", SQUARES, 1.0, "3 of 3"),
+        ("n = int(input())\nprint(4 if n == 2 else 9 if n == 3 else 0)", SQUARES, 2 / 3, "printed '0"),
+        ("print(4)\nimport sys; sys.exit(0)", SQUARES, 1 / 3, "2 of 3|1 of 3"),
+        ("print(int(input()) ** 2)\nraise ValueError('after')", SQUARES, 0.0, "ValueError: after"),
+        ("print(int(input()) ** 2)\nimport os; os._exit(0)", SQUARES, 0.0, "printed ''"),
+        ("def add(a, b): return a + b", ADD_CASES, 1.0, "2 of 2"),
+        ("class Solution:\n    def add(self, a, b): return a + b", ADD_CASES, 1.0, "2 of 2"),
+        ("def add(a, b): return 3", ADD_CASES, 0.5, "returned 3"),
+        ("def ad(a, b): return a + b", ADD_CASES, 0.0, "no function 'add'"),
+        ("def add(a, b): return a + b", ADD_TESTS, 1.0, "2 of 2"),
+        ("def add(a, b): return a + b", ADD_LOOP, 1.0, "2 of 2"),
+        ("def add(a, b): return abs(a) + b + (a > 2)", ADD_LOOP, 0.5, "AssertionError: 3"),
+        ("def add(a, b): return a +", ADD_TESTS, 0.0, "SyntaxError"),
+        ("", SQUARES, 0.0, "answer|printed|fence"),
+    ],
+)
+def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says: str) -> None:
+    score = grade(pool, program, tests)
+    assert score.value == pytest.approx(value), score
+    assert any(part in score.reason for part in says.split("|")), score
+
+
+CHEATS_FILE = Path(__file__).parents[2] / "data" / "rewards" / "code_cheats.txt"
+CHEATS = {name: body for name, _, body in (part.partition("\n") for part in CHEATS_FILE.read_text().split("### ")[1:])}
+
+
+@needs_isolation
+@pytest.mark.parametrize("tests", [ADD_CASES, ADD_TESTS, ADD_LOOP], ids=["calls", "asserts", "test code"])
+def test_no_cheat_is_paid(pool: VerifierPool, tests: Any) -> None:
+    programs = [tagged(program) for program in CHEATS.values()]
+    scores = code_reward([""] * len(programs), programs, tests=[tests] * len(programs), pool=pool, time_limit_s=0.5)
+    print()
+    for name, score in zip(CHEATS, scores, strict=True):
+        print(f"{name:28} {score.value}  {score.reason[:80]}")
+    paid = {name: score for name, score in zip(CHEATS, scores, strict=True) if score.value}
+    assert paid == {}
+    assert grade(pool, "def add(a, b): return a + b", tests).value == 1.0  # the workers are as good as before
+
+
+LOOKS_FOR_THE_ANSWER = r"""
+import gc, glob, os, sys
+found = []
+frame = sys._getframe()
+while frame:
+    found.append(repr(frame.f_locals) + repr(frame.f_globals))
+    frame = frame.f_back
+for thing in gc.get_objects():
+    try: found.append(repr(thing)[:100000])
+    except Exception: pass
+for pid in ('1', 'self', str(os.getppid())):
+    for name in ('environ', 'cmdline', 'maps'):
+        try: found.append(open(f'/proc/{pid}/{name}').read())
+        except OSError: pass
+for path in glob.glob('/**', recursive=False) + glob.glob('/tmp/**', recursive=True) + glob.glob('/harness/**',
+recursive=True):
+    try: found.append(open(path).read())
+    except (OSError, UnicodeDecodeError): pass
+try:
+    for line in open('/proc/self/maps'):
+        if 'rw-p' in line and line.split()[-1] in ('[heap]', '[stack]'):
+            start, end = (int(x, 16) for x in line.split()[0].split('-'))
+            with open('/proc/self/mem', 'rb') as memory:
+                memory.seek(start)
+                found.append(memory.read(end - start).decode('latin-1'))
+except OSError: pass
+text = '\n'.join(found)
+where = text.find('expected' + '-output-')
+answer = text[where : where + 40]
+def add(a, b): return answer
+if __name__ == '__main__': print(answer)
+"""
+
+
+@needs_isolation
+@pytest.mark.parametrize("style", ["stdin", "calls", "test code"])
+def test_the_expected_output_is_nowhere_to_be_found(pool: VerifierPool, style: str) -> None:
+    secret = "expected-output-5d1f0c9a7b3e4f62a8d94c10"
+    tests: Any = {
+        "stdin": [{"input": "", "output": secret}],
+        "calls": {"entry_point": "add", "cases": [{"args": [1, 2], "output": secret}]},
+        "test code": {"entry_point": "add", "tests": [f"expected = '{secret}'\nassert add(1, 2) == expected"]},
+    }[style]
+    score = grade(pool, LOOKS_FOR_THE_ANSWER, tests, time_limit_s=5.0)
+    assert score.value == 0.0 and secret not in score.reason and "Error: add" not in score.reason
+
+
+@needs_isolation
+def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(pool: VerifierPool) -> None:
+    tests = {
+        "entry_point": ["sort", "fail", "pairs"],
+        "setup": "import math",
+        "tests": [
+            "x = [3, 1, 2]\nsort(x)\nassert x == [1, 2, 3]",
+            "try:\n    fail(-1)\nexcept ValueError as e:\n    assert 'negative' in str(e)\nelse:\n    raise AssertionError",
+            "assert list(pairs({'a': 1})) == [('a', 1)]\nassert math.isnan(fail(math.nan))\nassert fail(2**70) == 2**70",
+            "def check(candidate):\n    assert candidate([2, 1]) is None\n",
+        ],
+    }
+    program = (
+        "def sort(x): x.sort()\n"
+        "def fail(x):\n    if x < 0: raise ValueError('negative')\n    return x\n"
+        "def pairs(d): return iter(d.items())\n"
+    )
+    score = grade(pool, program, tests)
+    assert score.value == 1.0, score
+
+
+@needs_isolation
+def test_all_or_nothing_and_time_limits(pool: VerifierPool) -> None:
+    wrong_once = "n = int(input())\nprint(n * n if n > 0 else 7)"
+    assert grade(pool, wrong_once, SQUARES).value == pytest.approx(2 / 3)
+    assert grade(pool, wrong_once, SQUARES, scoring="all").value == 0.0
+    started = time.monotonic()
+    slow = grade(pool, "import time\ntime.sleep(60)", SQUARES * 10, time_limit_s=0.2, program_limit_s=0.5)
+    assert slow.value == 0.0 and slow.rule == "timeout" and time.monotonic() - started < 5
+
+
+@needs_isolation
+def test_nothing_is_written_outside(pool: VerifierPool, tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    score = grade(
+        pool, f"try: open({str(target)!r}, 'w')\nexcept OSError: pass\ndef add(a, b): return a + b", ADD_TESTS
+    )
+    assert score.value == 1.0 and not target.exists()
+
+
+@needs_isolation
+def test_programs_a_second(pool: VerifierPool) -> None:
+    tests = [{"input": f"{n}\n", "output": f"{n * n}\n"} for n in range(20)]
+    programs = [tagged("print(int(input()) ** 2)")] * 30
+    code_reward([""] * 4, programs[:4], tests=[tests] * 4, pool=pool)
+    rates = []
+    while len(rates) < 3 and max(rates, default=0) < 30:
+        started = time.monotonic()
+        scores = code_reward([""] * 30, programs, tests=[tests] * 30, pool=pool)
+        rates.append(30 / (time.monotonic() - started))
+        assert all(score.value == 1.0 for score in scores)
+    print(f"\n{max(rates):.0f} programs of 20 test cases a second, 2 workers")
+    assert max(rates) > 10  # 30 and more on two idle cores; other work on the machine must not fail the suite
+
+
+def test_refuses_loudly_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_runner, "Sandbox", _Refuses)
+    monkeypatch.setattr(code_runner, "_sandboxes", {})
+    with pytest.raises(SandboxUnavailable):
+        code_runner.run_program("print(1)", [StdinCase("", "1")], code_runner.Limits())
+
+
+class _Refuses:
+    def __init__(self, limits: object) -> None:
+        raise SandboxUnavailable("none works on this machine")
+
+
+def test_rows_without_tests_or_program(pool: VerifierPool) -> None:
+    scores = code_reward([""] * 3, ["x", "no block", tagged("print(1)")], tests=[None, SQUARES, "{"], pool=pool)
+    assert scores[0].value is None and scores[0].rule == ""
+    assert scores[1].value == 0.0 and scores[1].rule == "no program"
+    assert scores[2].value is None and scores[2].rule == "error" and "not JSON" in scores[2].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "is_tagged", "program"),
+    [
+        ("<answer>```python\nx\n```</answer>", True, "x\n"),
+        ("<answer>```py\nx\n```\ntext\n```\ny\n```</answer>", True, "y\n"),
+        ("<answer>print(1)</answer>", True, "print(1)"),
+        ("<answer>```cpp\nx\n```</answer>", True, None),
+        ("<think>```python\nx\n```</think>no", True, None),
+        ("<answer>1</answer><answer>2</answer>", True, None),
+        ("<think>```python\nx\n```</think>\n```python\ny\n```", False, "y\n"),
+        ("just text", False, None),
+        ("```python\nnever closed", False, None),
+        ("", True, None),
+    ],
+)
+def test_extraction(text: str, is_tagged: bool, program: str | None) -> None:
+    assert extract_program(text, tagged=is_tagged)[0] == program
+
+
+def test_fences_are_read_in_linear_time() -> None:
+    started = time.monotonic()
+    assert len(fenced_blocks("```\n" * 400_000)) == 200_000
+    assert time.monotonic() - started < 2
+
+
+def test_code_format() -> None:
+    cases = {
+        "<think>t</think><answer>```python\nx\n```</answer>": 1.0,
+        "<think>t</think><answer>```cpp\nx\n```</answer>": 0.0,
+        "<think>t</think><answer>x</answer>": 0.0,
+        "<think>t</think><answer>text\n```python\nx\n```</answer>": 0.0,
+        "<answer>```python\nx\n```</answer>": 0.0,
+    }
+    assert [score.value for score in code_format_reward([], list(cases))] == list(cases.values())
+
+
+@pytest.mark.parametrize(
+    ("raw", "cases"),
+    [
+        ([{"input": "a", "output": "b"}], [StdinCase("a", "b")]),
+        ('{"inputs": ["a"], "outputs": ["b"]}', [StdinCase("a", "b")]),
+        ({"test_cases": [{"input": "a", "output": "b", "type": "stdin_stdout"}]}, [StdinCase("a", "b")]),
+        ({"fn_name": "f", "inputs": [[1, 2]], "outputs": [3]}, [CallCase("f", (1, 2), 3)]),
+        (
+            {"entry_point": "f", "cases": [{"args": [1], "expected": 2, "kwargs": {"k": 3}}]},
+            [CallCase("f", (1,), 2, {"k": 3})],
+        ),
+        (
+            {"entry_point": "f", "tests": ["assert f(-1, k=[2]) == (3,)"]},
+            [CallCase("f", (-1,), (3,), {"k": [2]}, exact=True)],
+        ),
+        ({"entry_point": "f", "tests": "assert f(x) == 3"}, [ScriptCase("\nassert f(x) == 3", ("f",))]),
+        ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
+        ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
+    ],
+)
+def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
+    assert parse_tests(raw) == cases
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["{", "3", 3, [], [{"input": 1, "output": "b"}], {"inputs": ["a"], "outputs": []}, {"tests": ["assert 1"]}, {},
+     {"entry_point": "f g", "tests": ["assert 1"]}, {"entry_point": "f", "cases": [{"args": [1]}]},
+     {"entry_point": ["f", "g"], "cases": []}],
+)  # fmt: skip
+def test_unreadable_tests_are_refused(raw: Any) -> None:
+    with pytest.raises(ValueError, match="tests: "):
+        parse_tests(raw)
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1 2\n", "1 2", True), ("1 2 \n\n", "1 2", True), ("1\n2", "1 2", False), ("3.0000001", "3.0", True),
+        ("3.1", "3.0", False), ("3", "3.0", True), ("3.0", "3", False), ("yes", "Yes", False), ("", "", True),
+        ("1 2", "1", False), ("1e400", "1.0", False), ("nan", "1.0", False), ("é", "é", True),
+    ],
+)  # fmt: skip
+def test_same_output(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "same"),
+    [
+        ([1, 2], (1, 2), True), ((1, (2,)), [1, [2]], True), ([1], [1, 2], False), (2.0000001, 2.0, True), (2, 2.0, True),
+        (2.1, 2.0, False), (10**400, 1.0, False), ("2", 2, False), ({1: "a"}, {"1": "a"}, True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": 1, "b": 2}, {"a": 1}, False), (None, None, True), (None, 0, False), (iter([1, 2]), [1, 2], True),
+        ({1, 2}, [1, 2], False), ("ab", ["a", "b"], False), (float("nan"), 1.0, False),
+    ],
+)  # fmt: skip
+def test_same_value(returned: Any, expected: Any, same: bool) -> None:
+    assert same_value(returned, expected) is same

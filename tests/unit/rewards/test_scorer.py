@@ -1,0 +1,284 @@
+"""The scorer: sums, masks, errors that stop or mask, parameters and columns, async functions, groups."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewards.base import Score
+from rewards.scorer import RewardError, RewardScorer, ScoredBatch, merge_batches
+
+FUNCTIONS = """
+import asyncio, math
+from rewards.base import Score
+
+def length(completions, **columns): return [float(len(text)) for text in completions]
+def brevity(prompts, completions, completion_ids, limit=3, **columns):
+    return [float(len(text) <= limit) for text in completions]
+def equals(completions, answer): return [None if a is None else text == a for text, a in zip(completions, answer)]
+def tokens(completion_ids): return [len(ids) for ids in completion_ids]
+async def slow(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+def share(completions, group_ids): return [group_ids.count(g) for g in group_ids]
+def one_short(completions): return [1.0] * (len(completions) - 1)
+def scalar(completions): return 1.0
+def words(completions): return ["1.0" for _ in completions]
+def nans(completions): return [math.nan if "x" in text else 1.0 for text in completions]
+def raises(completions): raise KeyError("gone")
+async def raises_late(completions): raise OSError("refused")
+def huge(completions): return [10**400 for _ in completions]
+def explained(completions): return [Score(0.5, "half", extracted=text, rule="r") for text in completions]
+def timed_out(completions): return [Score(0.0, "slow", rule="timeout") for text in completions]
+def row_error(completions):
+    return [Score(None, "bad row", rule="error") if text == "bad" else Score(1.0) for text in completions]
+def hangs(completions):
+    while completions[0] == "hang": pass
+    return [2]
+def messages(prompts, completions):
+    whole = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
+    return [float(pair == whole) for pair in zip(prompts, completions)]
+def everything(prompts, completions, completion_ids, **kwargs): return [float(len(kwargs))] * len(prompts)
+class Tensor:
+    def __init__(self, values): self.values = values
+    def tolist(self): return self.values
+def tensor(completions): return Tensor([0.25] * len(completions))
+def wants_column(completions, missing_column): return [1.0] * len(completions)
+def positional(completions, /): return []
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return str(path)
+
+
+def score(scorer: RewardScorer, texts: list[str], groups: list[int] | None = None, **columns: list[Any]) -> ScoredBatch:
+    return scorer.score(
+        ["p"] * len(texts), texts, [[0] * len(text) for text in texts], columns, groups or [0] * len(texts)
+    )
+
+
+def test_weighted_sum_and_metrics_by_hand(file: str) -> None:
+    scorer = RewardScorer([f"{file}:length", f"{file}:equals"], [0.5, 2.0])
+    batch = score(scorer, ["a", "bbb"], answer=["a", None])
+    assert batch.rewards == [0.5 * 1 + 2.0 * 1, 0.5 * 3]  # None does not apply: the rest is the sum
+    assert batch.by_function == {"length": [1.0, 3.0], "equals": [1.0, None]}
+    metrics = batch.metrics
+    assert metrics["rewards/length/mean"] == 2.0
+    assert metrics["rewards/length/std"] == pytest.approx(math.sqrt(2))  # ((1-2)^2 + (3-2)^2) / (2 - 1)
+    assert metrics["rewards/equals/none_frac"] == 0.5 and metrics["rewards/equals/error_frac"] == 0.0
+    assert metrics["rewards/equals/std"] == 0.0 and metrics["rewards/length/latency_p95_s"] > 0
+
+
+def test_no_function_applies_gives_none(file: str) -> None:
+    batch = score(RewardScorer([f"{file}:equals"]), ["a"], answer=[None])
+    assert batch.rewards == [None]
+    assert "rewards/equals/mean" not in batch.metrics and batch.metrics["rewards/equals/none_frac"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("one_short", "returned 1 values for 2 completions"),
+        ("scalar", "returned float 1.0, not a list of 2 values"),
+        ("words", "returned str '1.0', which is not a number"),
+        ("huge", "which is not finite"),
+        ("nans", "returned float nan, which is not finite"),
+        ("raises", "KeyError: 'gone'"),
+        ("raises_late", "OSError: refused"),
+    ],
+)
+def test_errors_stop_with_name_row_and_text_or_are_masked(file: str, function: str, says: str) -> None:
+    texts = ["x-text", "other"]
+    with pytest.raises(RewardError) as caught:
+        score(RewardScorer([f"{file}:length", f"{file}:{function}"]), texts, answer=["gold", "b"])
+    assert caught.value.function == function and caught.value.row == 0
+    for part in (function, "row 0", says, "x-text", "'gold'"):
+        assert part in str(caught.value)
+    batch = score(RewardScorer([f"{file}:length", f"{file}:{function}"], on_error="mask"), texts)
+    bad_rows = 1 if function == "nans" else 2
+    assert batch.rewards[0] is None  # not the length alone: that would be a silent 0 for the other part
+    assert batch.by_function[function][:bad_rows] == [None] * bad_rows
+    assert batch.metrics[f"rewards/{function}/error_frac"] == bad_rows / 2
+
+
+def test_only_the_bad_row_is_masked(file: str) -> None:
+    batch = score(RewardScorer([f"{file}:row_error"], on_error="mask"), ["bad", "good"])
+    assert batch.rewards == [None, 1.0] and batch.metrics["rewards/row_error/error_frac"] == 0.5
+    with pytest.raises(RewardError, match="failed on row 1: bad row"):
+        score(RewardScorer([f"{file}:row_error"]), ["good", "bad"])
+
+
+def test_scores_keep_their_reasons_and_timeouts_are_counted(file: str) -> None:
+    batch = score(RewardScorer([f"{file}:explained", f"{file}:timed_out"]), ["a"])
+    assert batch.scores["explained"] == [Score(0.5, "half", extracted="a", rule="r")]
+    assert batch.metrics["rewards/timed_out/timeout_frac"] == 1.0 and batch.rewards == [0.5]
+
+
+def test_values_of_arrays_and_truth_values(file: str) -> None:
+    batch = score(RewardScorer([f"{file}:tensor", f"{file}:equals"]), ["a", "b"], answer=["a", "a"])
+    assert batch.rewards == [1.25, 0.25]
+
+
+def test_parameters_columns_and_row_arguments(file: str) -> None:
+    scorer = RewardScorer(
+        [
+            {"func": f"{file}:brevity", "params": {"limit": 5}},
+            {"func": f"{file}:equals", "columns": {"answer": "gold"}},
+            f"{file}:tokens",
+            {"func": f"{file}:messages", "conversational": True},
+            f"{file}:everything",
+        ]
+    )
+    batch = score(scorer, ["a"], gold=["a"], other=[1], limit=[0])
+    assert batch.by_function == {
+        "brevity": [1.0],
+        "equals": [1.0],
+        "tokens": [1.0],
+        "messages": [1.0],
+        "everything": [3.0],
+    }
+
+
+def test_rows_are_chosen_by_condition_and_by_task_column(file: str) -> None:
+    scorer = RewardScorer(
+        [{"func": f"{file}:length", "when": {"column": "task", "in": ["code", "math"]}}, f"{file}:brevity"]
+    )
+    batch = score(scorer, ["aaaaa", "bb", "cc"], task=["math", "chat", "code"])
+    assert batch.by_function["length"] == [5.0, None, 2.0] and batch.rewards == [5.0, 1.0, 3.0]
+    by_task = RewardScorer([f"{file}:length", f"{file}:brevity"], task_column="use")
+    batch = score(by_task, ["aaaaa", "bb", "cc"], use=["length", ["length", "brevity"], []])
+    assert batch.rewards == [5.0, 3.0, None]
+    with pytest.raises(ValueError, match=r"row 0, column 'use': 'lenght' is not allowed.*length, brevity"):
+        score(by_task, ["a"], use=["lenght"])
+    with pytest.raises(ValueError, match="task_column needs the dataset column 'use'"):
+        score(by_task, ["a"])
+
+
+def test_groups_are_seen_whole(file: str) -> None:
+    batch = score(RewardScorer([f"{file}:share"]), ["a", "b", "c"], groups=[7, 7, 8])
+    assert batch.rewards == [2.0, 2.0, 1.0]
+
+
+def test_isolated_functions_are_killed_row_by_row(file: str) -> None:
+    settings = {"func": f"{file}:hangs", "isolate": True, "time_limit_s": 0.3}
+    texts = ["fine", "hang", "fine"]
+    with pytest.raises(RewardError, match=r"killed after 0\.3 s"):
+        score(RewardScorer([settings]), texts)
+    masked = score(RewardScorer([settings], on_error="mask"), texts)
+    assert masked.rewards == [2.0, None, 2.0]
+    assert masked.metrics["rewards/hangs/timeout_frac"] == pytest.approx(1 / 3)
+    paid = score(RewardScorer([{**settings, "timeout_score": -1}]), texts)
+    assert paid.rewards == [2.0, -1.0, 2.0]
+
+
+def _main_thread(call: Callable[[], ScoredBatch]) -> ScoredBatch:
+    return call()
+
+
+def _other_thread(call: Callable[[], ScoredBatch]) -> ScoredBatch:
+    results: list[ScoredBatch] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _inside_a_loop(call: Callable[[], ScoredBatch]) -> ScoredBatch:
+    async def run() -> ScoredBatch:
+        return call()
+
+    return asyncio.run(run())
+
+
+def _in_an_executor(call: Callable[[], ScoredBatch]) -> ScoredBatch:
+    async def run() -> ScoredBatch:
+        return await asyncio.get_running_loop().run_in_executor(None, call)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("place", [_main_thread, _other_thread, _inside_a_loop, _in_an_executor])
+def test_async_functions_work_from_everywhere(
+    file: str, place: Callable[[Callable[[], ScoredBatch]], ScoredBatch]
+) -> None:
+    scorer = RewardScorer([f"{file}:slow", f"{file}:length"])
+    assert place(lambda: score(scorer, ["a", "bb"])).rewards == [2.0, 3.0]
+    scorer.close()
+
+
+def test_groups_scored_one_by_one_merge_to_the_same(file: str) -> None:
+    scorer = RewardScorer([f"{file}:length", f"{file}:equals"])
+    futures = [
+        scorer.submit(["p"], [text], [[0]], {"answer": [text]}, [group])
+        for group, text in enumerate(["a", "bb", "ccc"])
+    ]
+    merged = merge_batches([future.result() for future in futures])
+    whole = score(scorer, ["a", "bb", "ccc"], answer=["a", "bb", "ccc"], groups=[0, 1, 2])
+    assert merged.rewards == whole.rewards and merged.by_function == whole.by_function
+    assert merged.metrics["rewards/length/std"] == whole.metrics["rewards/length/std"]
+    scorer.close()
+
+
+@pytest.mark.parametrize(
+    ("entries", "weights", "says"),
+    [
+        ([], None, "at least one"),
+        ("format", None, "a list"),
+        (["format", "format"], None, "the name 'format' stands twice"),
+        (["formt"], None, r"reward_funcs\[0\].*did you mean 'format'"),
+        (["format"], [1.0, 2.0], "reward_weights has 2 entries, reward_funcs has 1"),
+        (["format"], [math.nan], "weight: nan"),
+        ([{"func": "format", "weight": 1.0}], [1.0], "weight stands both"),
+        ([{"func": "format", "wieght": 1.0}], None, "unknown key 'wieght'; did you mean 'weight'"),
+        ([{"func": "cosine", "params": {"max_lenn": 1}}], None, "no argument 'max_lenn'; did you mean 'max_len'"),
+        ([{"func": "cosine", "params": {"max_len": 0}}], None, "max_len: 0 is not allowed"),
+        ([{"func": "soft_overlong_punishment"}], None, "soft_punish_cache: None"),
+        ([{"func": "regex", "params": {"pattern": "("}}], None, "no regular expression"),
+        ([{"func": "format", "when": {"column": "task"}}], None, "when: .* is not allowed"),
+        ([{"func": "format", "time_limit_s": 1.0}], None, "no effect without `isolate"),
+        ([{"func": "majority", "isolate": True}], None, "needs whole groups"),
+        ([{"func": 3}], None, "func: 3 is not allowed"),
+    ],
+)
+def test_wrong_recipes_are_told_at_construction(entries: Any, weights: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        RewardScorer(entries, weights)
+
+
+def test_all_mistakes_come_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        RewardScorer(["formt", {"func": "accuracy", "parms": {}}])
+    assert "reward_funcs[0]" in str(caught.value) and "reward_funcs[1]" in str(caught.value)
+
+
+def test_columns_that_are_missing_or_short(file: str) -> None:
+    with pytest.raises(
+        ValueError, match="wants_column needs the dataset column 'missing_column'; the dataset has: answer"
+    ):
+        score(RewardScorer([f"{file}:wants_column"], on_error="mask"), ["a"], answer=["a"])
+    with pytest.raises(ValueError, match="answer has 2 entries for 1 completions"):
+        score(RewardScorer([f"{file}:length"]), ["a"], answer=["a", "b"])
+    with pytest.raises(ValueError, match="by position only"):
+        RewardScorer([f"{file}:positional"])
+    with pytest.raises(ValueError, match="gold_column: the dataset has no column 'solution'"):
+        score(
+            RewardScorer([{"func": "accuracy", "params": {"gold_column": "solution"}}], on_error="mask"),
+            ["a"],
+            answer=["a"],
+        )
+
+
+def test_metadata_names_what_was_used(file: str) -> None:
+    (entry,) = RewardScorer([{"func": f"{file}:brevity", "params": {"limit": 5}, "weight": 2}]).metadata()
+    assert entry["name"] == "brevity" and entry["params"] == {"limit": 5} and entry["weight"] == 2.0
+    assert len(entry["source_sha256"]) == 64
