@@ -18,7 +18,7 @@ advantage, n its loss tokens:
 
 KL_t is Schulman's k3 (2020, "Approximating KL divergence"): exp(ref - policy) - (ref - policy) - 1; `unbiased_kl`
 multiplies it by r_t, gradient included (DeepSeek-V3.2, 2512.02556, eq. 7). delta, the two-sided clip, bounds the ratio
-where A < 0 (INTELLECT-2, 2505.07291, section 3.4; the value of dual-clip PPO, 1912.09729, eq. 5).
+where A < 0 (INTELLECT-2, 2505.07291, two-sided clipping; the value of dual-clip PPO, 1912.09729).
 """
 
 from __future__ import annotations

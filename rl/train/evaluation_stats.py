@@ -6,7 +6,7 @@
 
 An accuracy has a Wilson interval (it stays inside [0, 1] and is honest at 0 and 100 %). pass@k and maj@k have a
 bootstrap interval over PROBLEMS: samples of one problem are not independent, so more samples a problem must not shrink
-it to nothing.
+it to nothing. Where all problems agree on 0 or on 1, resampling them shows no spread; there Wilson's is used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def pass_at_k_interval(
     right: Sequence[int], num_samples: int, k: int, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
     """pass@k over problems: `right[i]` of `num_samples` samples of problem i are right."""
-    return bootstrap_mean([pass_at_k(count, num_samples, k) for count in right], seed=seed, confidence=confidence)
+    return _share([pass_at_k(count, num_samples, k) for count in right], seed=seed, confidence=confidence)
 
 
 def majority_vote(votes: Sequence[Vote]) -> float:
@@ -107,7 +107,7 @@ def majority_accuracy(
             raise ValueError(f"k={k} votes of a problem with {len(found)} samples: expected 1 <= k <= samples")
         blocks = [majority_vote(found[i : i + size]) for i in range(0, len(found) - size + 1, size)]
         results.append(sum(blocks) / len(blocks))
-    return bootstrap_mean(results, seed=seed, confidence=confidence)
+    return _share(results, seed=seed, confidence=confidence)
 
 
 def bootstrap_mean(
@@ -115,7 +115,7 @@ def bootstrap_mean(
 ) -> Estimate:
     """Mean over problems with the percentile bootstrap interval (Efron 1979); same seed, same interval.
 
-    If all problems have the same result there is no spread to resample, and the interval is the point itself.
+    If all problems have the same value there is no spread to resample, and the interval is the point itself.
     """
     if not per_problem:
         raise ValueError("no problems: an estimate needs at least one")
@@ -126,6 +126,16 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _share(per_problem: Sequence[float], *, seed: int, confidence: float) -> Estimate:
+    """Bootstrap mean of results in [0, 1]; Wilson's interval where all are 0 or all are 1, which says nothing of the
+    spread."""
+    estimate = bootstrap_mean(per_problem, seed=seed, confidence=confidence)
+    if estimate.value in (0.0, 1.0):
+        n = len(per_problem)
+        return Estimate(estimate.value, *wilson_interval(int(estimate.value) * n, n, confidence=confidence))
+    return estimate
 
 
 def _quantile(confidence: float) -> float:

@@ -43,6 +43,7 @@ _TABLE_ROWS = 64  # completions per step in the tracker; the record has all
 _PROBE_S = 3.0
 _INIT_TIMEOUT_S = 12.0
 
+_PASS_AT = re.compile(r"eval/pass@\d+")
 # label on the screen: metric, first that is there
 _HEADLINE: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
@@ -67,13 +68,15 @@ class MetricsLogger:
 
     def __init__(self, folder: Path, recipe: Recipe, *, stage: str, resume_step: int = 0) -> None:
         self.stage = stage
+        self._folder = folder
         self._records: dict[str, JsonLines] = {}
         self._tracker: WandbTracker | None = None
-        if not is_main_process():
+        self._tells = is_main_process()
+        if not self._tells:
             return
         for name in (METRICS_FILE, COMPLETIONS_FILE, EVALUATIONS_FILE):
-            self._records[name] = JsonLines(folder / name)
-            self._records[name].truncate_after(resume_step if resume_step > 0 else -1, stage=stage)
+            if (folder / name).exists():
+                self._record(name).truncate_after(resume_step if resume_step > 0 else -1, stage=stage)
         if "wandb" in recipe.logging.report_to:
             self._tracker = WandbTracker(
                 folder,
@@ -94,7 +97,7 @@ class MetricsLogger:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers after `step` steps: to the screen, the record and the tracker."""
         self._write(METRICS_FILE, step, [metrics])
-        if self._records:
+        if self._tells:
             write_line(headline(self.stage, step, metrics))
         if self._tracker:
             self._tracker.log(step, metrics)
@@ -109,7 +112,7 @@ class MetricsLogger:
         """Numbers of an evaluation after `step` steps, and the answers behind them."""
         self._write(METRICS_FILE, step, [metrics])
         self._write(EVALUATIONS_FILE, step, rows)
-        if self._records:
+        if self._tells:
             write_line(evaluation_line(step, metrics))
         if self._tracker:
             self._tracker.log(step, metrics)
@@ -124,8 +127,13 @@ class MetricsLogger:
             self._tracker = None
 
     def _write(self, file: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._records:
-            self._records[file].append({"step": step, "stage": self.stage, **row} for row in rows)
+        if self._tells and rows:
+            self._record(file).append({"step": step, "stage": self.stage, **row} for row in rows)
+
+    def _record(self, file: str) -> JsonLines:
+        if file not in self._records:
+            self._records[file] = JsonLines(self._folder / file)
+        return self._records[file]
 
 
 class Progress:
@@ -164,13 +172,21 @@ def headline(stage: str, step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
-    """The line of an evaluation: each number with its interval where `<name>_low` and `<name>_high` are given."""
+    """The line of an evaluation: its main numbers, each with its interval where `<name>_low` and `<name>_high` are
+    given.
+
+    Left to the record: shares, times, and pass@k but for the largest k (pass@1 is the sampled accuracy and lends its
+    interval)."""
+    largest = max((int(name.split("@")[1]) for name in metrics if _PASS_AT.fullmatch(name)), default=1)
     parts = [f"eval at step {step}"]
     for name, value in metrics.items():
-        if name.endswith(("_low", "_high", "_s")):
+        if name.endswith(("_low", "_high", "_s", "_frac")):
             continue
-        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        interval = "" if low is None or high is None else f" [{format_number(low)}, {format_number(high)}]"
+        if _PASS_AT.fullmatch(name) and (largest == 1 or name != f"eval/pass@{largest}"):
+            continue
+        bounds = "eval/pass@1" if name == "eval/sampled_accuracy" else name
+        low, high = metrics.get(f"{bounds}_low"), metrics.get(f"{bounds}_high")
+        interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
         parts.append(f"{name.removeprefix('eval/')} {format_number(value)}{interval}")
     return "  ".join(parts)
 

@@ -91,6 +91,11 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval() -> None:
     assert bootstrap_mean([1.0, 1.0]) == (1.0, 1.0, 1.0)
 
 
+def test_all_right_or_all_wrong_is_not_certainty() -> None:
+    assert pass_at_k_interval([4] * 10, 4, 2)[1:] == pytest.approx((0.7225, 1.0), abs=5e-5)
+    assert majority_accuracy([[("1", False)]] * 10)[1:] == pytest.approx((0.0, 0.2775), abs=5e-5)
+
+
 def test_bootstrap_covers_the_mean_over_problems() -> None:
     """Problems differ in difficulty (Beta(1, 1)): the interval must cover 0.5, however many samples a problem has."""
     generator = np.random.default_rng(2)

@@ -47,6 +47,9 @@ def test_record_screen_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[
         for step in (1, 2, 3):
             log.log(step, {"reward": step / 4, "rollout/tokens_per_s": 5300.4, "kl": float("nan")})
             log.log_completions(step, [{"completion": "x", "reward": 1.0}, {"completion": "y", "reward": None}])
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
+        "completions.jsonl", "evaluations.jsonl", "metrics.jsonl",
+    ]  # fmt: skip
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "eval at step 0  accuracy 0.25"
     assert printed[1] == "grpo step     1  reward 0.25  kl nan  tokens/s 5,300"
@@ -64,6 +67,7 @@ def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
         with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
             log.log_evaluation(0, {"eval/accuracy": 0.5})
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["metrics.jsonl"]  # nothing to say, no file
 
 
 def test_other_ranks_write_nothing(
@@ -82,7 +86,13 @@ def test_lines() -> None:
     assert headline("sft", 12, {"loss": 0.12345, "grad_norm": None}) == "sft step    12  loss 0.1235"
     assert headline("grpo", 1, {"nothing/known": 1.0}) == "grpo step     1"
     values = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6, "time/eval_s": 3.0}
-    assert evaluation_line(4, values) == "eval at step 4  accuracy 0.5 [0.4, 0.6]"
+    assert evaluation_line(4, values) == "eval at step 4  accuracy 0.5 [0.400, 0.600]"
+    values = {"eval/sampled_accuracy": 0.5, "eval/sampled_truncated_frac": 0.1}
+    for k in (1, 2, 4):
+        values |= {f"eval/pass@{k}": k / 5, f"eval/pass@{k}_low": k / 10, f"eval/pass@{k}_high": 1.0}
+    assert (
+        evaluation_line(0, values) == "eval at step 0  sampled_accuracy 0.5 [0.100, 1.000]  pass@4 0.8 [0.400, 1.000]"
+    )
     numbers = [0, 0.5, 1e-6, 12.3456, 12345.6, -0.25, float("inf"), float("nan"), 3]
     assert [format_number(n) for n in numbers] == [
         "0", "0.5", "1.0e-06", "12.35", "12,346", "-0.25", "inf", "nan", "3",
