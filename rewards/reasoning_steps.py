@@ -13,12 +13,12 @@ from typing import Any
 from rewards.base import Completion, Score, completion_text
 from rewards.reward_entry import checked_by
 
+_ORDINALS = "first|second|third|next|then|finally|firstly|secondly|lastly"
 _MARKER = re.compile(
-    r"[ \t>]*\**(?:step\s+\d{1,4}\s*[:.)]|\d{1,4}[.)](?=\s)|[-*+\u2022](?=\s)|"
-    r"(?:first|second|third|next|then|finally|firstly|secondly|lastly)\b,?)",
-    re.IGNORECASE,
+    rf"[ \t>]*\**(?:step\s+\d{{1,4}}\s*[:.)]|\d{{1,4}}[.)](?=\s)|[-*+\u2022](?=\s)|(?:{_ORDINALS})\b,?)", re.IGNORECASE
 )
-_SENTENCE_END = re.compile(r"\n|(?<=[.!?])\s")
+_ORDINAL = re.compile(rf"(?:{_ORDINALS}|step)\W*")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 _WORDS = 3
 
 
@@ -56,9 +56,15 @@ def reasoning_steps_reward(
 def count_steps(text: str) -> int:
     """How many distinct steps the text takes."""
     seen: set[str] = set()
-    for sentence in _SENTENCE_END.split(text.replace("<think>", "\n")):
-        marker = _MARKER.match(sentence)
-        words = sentence[marker.end() :].lower().split() if marker else []
-        if sum(any(sign.isalnum() for sign in word) for word in words) >= _WORDS:
-            seen.add(" ".join(words))
+    for line in text.replace("<think>", "\n").splitlines():
+        start = _MARKER.match(line)  # the point of "1." ends no sentence
+        first, *others = _SENTENCE_END.split(line[start.end() :] if start else line)
+        bodies = [first] if start else []
+        for sentence in others if start else (first, *others):
+            if marker := _MARKER.match(sentence):
+                bodies.append(sentence[marker.end() :])
+        for body in bodies:
+            words = [word for word in body.lower().split() if any(map(str.isalnum, word))]
+            if sum(not _ORDINAL.fullmatch(word) for word in words) >= _WORDS:
+                seen.add(" ".join(words))
     return len(seen)

@@ -50,7 +50,7 @@ ADD_CASES = {"entry_point": "add", "cases": [{"args": [1, 2], "output": 3}, {"ar
 ADD_TESTS = {"entry_point": "add", "tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
 ADD_LOOP = {
     "entry_point": "add",
-    "tests": ["for n in range(5):\n    assert add(n, n) == 2 * n, n", "assert not add(0, 0)"],
+    "tests": ["for n in range(5):\n    assert add(n, n) == 2 * n, n", "assert add(0, 0) == 0 and add(0, 1) == 1"],
 }
 
 
@@ -151,8 +151,9 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
         "setup": "import math",
         "tests": [
             "x = [3, 1, 2]\nsort(x)\nassert x == [1, 2, 3]",
-            "try:\n    fail(-1)\nexcept ValueError as e:\n    assert 'negative' in str(e)\nelse:\n    raise AssertionError",
-            "assert list(pairs({'a': 1})) == [('a', 1)]\nassert math.isnan(fail(math.nan))\nassert fail(2**70) == 2**70",
+            "try:\n    fail(-1)\nexcept ValueError as e:\n    assert 'neg' in str(e)\nelse:\n    assert False",
+            "assert list(pairs({'a': 1})) == [('a', 1)]\nassert math.isnan(fail(math.nan))",
+            "assert fail(2**70) == 2**70",
             "def check(candidate):\n    assert candidate([2, 1]) is None\n",
         ],
     }
@@ -304,7 +305,8 @@ def test_same_output(printed: str, expected: str, same: bool) -> None:
 @pytest.mark.parametrize(
     ("returned", "expected", "same"),
     [
-        ([1, 2], (1, 2), True), ((1, (2,)), [1, [2]], True), ([1], [1, 2], False), (2.0000001, 2.0, True), (2, 2.0, True),
+        ([1, 2], (1, 2), True), ((1, (2,)), [1, [2]], True), ([1], [1, 2], False), (2.0000001, 2.0, True),
+        (2, 2.0, True),
         (2.1, 2.0, False), (10**400, 1.0, False), ("2", 2, False), ({1: "a"}, {"1": "a"}, True),
         ({"a": 1}, {"a": 2}, False),
         ({"a": 1, "b": 2}, {"a": 1}, False), (None, None, True), (None, 0, False), (iter([1, 2]), [1, 2], True),
