@@ -19,7 +19,7 @@ from rewards.reasoning_steps import count_steps, reasoning_steps_reward
         ("<think>First, add two and two.</think>", 1),
         ("**Step 1:** add two and two", 1),
         ("First, Second, Next, Finally,", 0),
-        ("Step 1: Step 2: Step 3:", 1),  # one sentence, one step
+        ("Step 1: Step 2: Step 3:", 0),
         ("Step 1:\nStep 2:\nStep 3:", 0),
         ("First, do the thing now. " * 10, 1),
         ("Then . . . . .", 0),
