@@ -54,7 +54,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Sample `len(seeds)` completions of `problem`; completion k depends on the weights, the prompt and `seeds[k]` only."""
+    """Sample `len(seeds)` completions of `problem`; completion k depends on the weights, the prompt and `seeds[k]`
+    only."""
 
     problem: Problem
     seeds: tuple[int, ...]
@@ -64,8 +65,8 @@ class RolloutRequest:
 class Completion:
     """token_ids: T sampled tokens, the stop token included. logprobs: (T,) float32, log-probability of each under the
     distribution that was actually sampled (after temperature and truncation; for greedy, of the untempered softmax).
-    finish_reason: "stop" or "length" (truncated). routes: (T - 1, Lm, K) uint8 (int16 when E > 256), the experts that each
-    token but the last went through when it was fed to the model; None for a policy without experts."""
+    finish_reason: "stop" or "length" (truncated). routes: (T - 1, Lm, K) uint8 (int16 when E > 256), the experts that
+    each token but the last went through when it was fed to the model; None for a policy without experts."""
 
     token_ids: list[int]
     logprobs: torch.Tensor
@@ -79,7 +80,8 @@ class Completion:
 
 @dataclass(slots=True)
 class RolloutGroup:
-    """All completions of one problem. prompt_routes: (P, Lm, K) for the P prompt tokens, shared by the group, or None."""
+    """All completions of one problem. prompt_routes: (P, Lm, K) for the P prompt tokens, shared by the group, or
+    None."""
 
     problem: Problem
     completions: list[Completion]

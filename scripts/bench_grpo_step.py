@@ -3,10 +3,10 @@
     accelerate launch --config_file recipes/accelerate_configs/zero1.yaml scripts/bench_grpo_step.py
         [--config recipes/bench/grpo_step.yaml] [--section.key value ...]
 
-Everything runs as in training: rollout, rewards, advantages, update, optimizer. `rollout_s` holds the sampling, `reward_s` what had to
-be waited for after it, `update_s` forward, backward and optimizer (with a single update per rollout the old logprobs are those of the
-update's own forward, so there is no pass for them), `rest_s` the remainder of the step's wall time. The first step, which compiles and
-captures, is marked `"warm_up": true`.
+Everything runs as in training: rollout, rewards, advantages, update, optimizer. `rollout_s` holds the sampling,
+`reward_s` what had to be waited for after it, `update_s` forward, backward and optimizer (with a single update per
+rollout the old logprobs are those of the update's own forward, so there is no pass for them), `rest_s` the remainder of
+the step's wall time. The first step, which compiles and captures, is marked `"warm_up": true`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def noise_prompts(size: int, characters: int, seed: int = 0) -> Iterator[dict[st
 
 
 def main() -> None:
-    from rl.train.launch import run_command
+    from rl.train.launch import run_command, user_mistakes
 
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", DEFAULT, *sys.argv[1:]]
     recipe, _ = run_command(__doc__ or "", arguments)
@@ -38,7 +38,8 @@ def main() -> None:
     from rl.distributed import is_main_process
     from rl.train.trainer import GRPOTrainer
 
-    trainer = GRPOTrainer(recipe)
+    with user_mistakes():
+        trainer = GRPOTrainer(recipe)
     on_gpu = torch.cuda.is_available()
     for step in range(recipe.grpo.steps):
         if on_gpu:

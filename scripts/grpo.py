@@ -8,14 +8,16 @@ Any key of the recipe can be set on the command line, for example `--rollout.tem
 
 from __future__ import annotations
 
-from rl.train.launch import run_command
+from rl.train.launch import run_command, user_mistakes
 
 
 def main() -> None:
     recipe, resume = run_command(__doc__ or "")
     from rl.train.trainer import GRPOTrainer  # after the recipe is known to be good: this loads torch and friends
 
-    GRPOTrainer(recipe).train(resume=resume)
+    with user_mistakes():
+        trainer = GRPOTrainer(recipe, resume=resume)
+    trainer.train()
 
 
 if __name__ == "__main__":

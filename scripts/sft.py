@@ -8,14 +8,16 @@ The policy is left in <run folder>/cold_start/policy, where scripts/grpo.py with
 
 from __future__ import annotations
 
-from rl.train.launch import run_command
+from rl.train.launch import run_command, user_mistakes
 
 
 def main() -> None:
     recipe, resume = run_command(__doc__ or "")
-    from rl.train.sft import train_cold_start  # after the recipe is known to be good: this loads torch and friends
+    from rl.train.sft import ColdStart  # after the recipe is known to be good: this loads torch and friends
 
-    train_cold_start(recipe, resume=resume)
+    with user_mistakes():
+        cold_start = ColdStart(recipe, resume=resume)
+    cold_start.train()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,2 @@
-"""From experience to better weights: batching, learner, trainer, cold start, evaluation, checkpoints, metrics, report."""
+"""From experience to better weights: batching, learner, trainer, cold start, evaluation, checkpoints, metrics,
+report."""

@@ -1,8 +1,9 @@
 """Rows of a rollout (or of a cold-start set) -> packed micro-batches.
 
-A row is one prompt with one completion. Rows are concatenated without padding, so no token is wasted on the experts and a
-micro-batch is simply "at most `max_tokens` tokens". The last token of a row is never fed (nothing is predicted from it),
-so a row of P + T tokens takes P + T - 1 places, and `routes` (recorded while sampling) has exactly one entry per place.
+A row is one prompt with one completion. Rows are concatenated without padding, so no token is wasted on the experts and
+a micro-batch is simply "at most `max_tokens` tokens". The last token of a row is never fed (nothing is predicted from
+it), so a row of P + T tokens takes P + T - 1 places, and `routes` (recorded while sampling) has exactly one entry per
+place.
 
 Per-token quantities of completions live in padded (n, T) matrices, n rows and T the longest completion of the
 micro-batch: the loss is a function of such matrices (rl/grpo), which keeps its formulas as they are in the papers.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -24,8 +26,8 @@ from rl.grpo.logprobs import completion_positions, shift
 @dataclass(slots=True)
 class Row:
     """One prompt and completion. index: its number among all rows of the step (over all ranks). advantage: the whole
-    completion's. sampling_logprobs: (T,) or None. routes: (P + T - 1, Lm, K) or None. trained: False masks every token (a
-    truncated completion, or one without a reward)."""
+    completion's. sampling_logprobs: (T,) or None. routes: (P + T - 1, Lm, K) or None. trained: False masks every token
+    (a truncated completion, or one without a reward)."""
 
     index: int
     prompt_ids: Sequence[int]
@@ -43,10 +45,10 @@ class Row:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """tokens: (S,) int64 packed. targets: (M,) int64, the M completion tokens in row order. predict: (M,) int64, the place in
-    `tokens` that predicts each target. cu_seqlens: (n + 1,) int32. loss_mask: (n, T) float32. advantages: (n,) float32.
-    sampling_logprobs: (n, T) float32, zeros where padded, or None. old_logprobs, ref_logprobs: filled in by the trainer.
-    routes: (S, Lm, K) int64 or None."""
+    """tokens: (S,) int64 packed. targets: (M,) int64, the M completion tokens in row order. predict: (M,) int64, the
+    place in `tokens` that predicts each target. cu_seqlens: (n + 1,) int32. loss_mask: (n, T) float32. advantages: (n,)
+    float32. sampling_logprobs: (n, T) float32, zeros where padded, or None. old_logprobs, ref_logprobs: filled in by
+    the trainer. routes: (S, Lm, K) int64 or None."""
 
     rows: list[Row]
     tokens: torch.Tensor
@@ -64,7 +66,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
@@ -120,8 +122,8 @@ def make_micro_batch(rows: Sequence[Row]) -> MicroBatch:
 
 
 def idle_micro_batch(like: MicroBatch) -> MicroBatch:
-    """A micro-batch of one short row whose every token is masked: what a rank computes when it has run out of rows while
-    others have not, so that collectives stay in step. It adds exactly zero to the loss and to every gradient."""
+    """A micro-batch of one short row whose every token is masked: what a rank computes when it has run out of rows
+    while others have not, so that collectives stay in step. It adds exactly zero to the loss and to every gradient."""
     row = like.rows[0]
     routes = None if like.routes is None or row.routes is None else row.routes[:1]
     logprobs = None if row.sampling_logprobs is None else row.sampling_logprobs[:1]

@@ -1,7 +1,7 @@
 """Held-out problems -> accuracy (greedy), pass@k and maj@k, with confidence intervals and the answers themselves.
 
-Problem i is answered by rank i % world_size. Draws are seeded by the problem alone, not by the step: two evaluations of a run
-differ only by the weights (common random numbers), which makes small gains visible.
+Problem i is answered by rank i % world_size. Draws are seeded by the problem alone, not by the step: two evaluations of
+a run differ only by the weights (common random numbers), which makes small gains visible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ RIGHTNESS = ("accuracy", "exact_match", "multiple_choice", "countdown", "code")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion of a held-out problem. right: the metric function gave 1 or more. extracted: the answer it read."""
+    """One completion of a held-out problem. right: the metric function gave 1 or more. extracted: the answer it
+    read."""
 
     problem_id: str
     prompt: str
@@ -50,7 +51,8 @@ class Evaluation:
 
 
 def rightness_function(names: Sequence[str], wanted: str | None) -> str:
-    """Which of the recipe's reward functions decides whether an answer is right. ValueError if `wanted` is none of them."""
+    """Which of the recipe's reward functions decides whether an answer is right. ValueError if `wanted` is none of
+    them."""
     if wanted is not None:
         if wanted not in names:
             raise ValueError(f"eval.metric = {wanted!r}: not among rewards.reward_funcs; allowed: {', '.join(names)}")

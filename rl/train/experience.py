@@ -1,7 +1,8 @@
 """One step's experience: problems -> completions -> rewards -> advantages, over all ranks.
 
-Problem number b of the step (0 .. B-1) belongs to rank b % world_size; row b * G + k is its k-th completion. Rewards are scored
-group by group in the background while the engine goes on sampling. What crosses ranks is small: one `RowRecord` a row.
+Problem number b of the step (0 .. B-1) belongs to rank b % world_size; row b * G + k is its k-th completion. Rewards
+are scored group by group in the background while the engine goes on sampling. What crosses ranks is small: one
+`RowRecord` a row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class RowRecord:
 @dataclass(slots=True)
 class Experience:
     """groups: this rank's, in the order of their positions b. positions: these b. records: of all ranks, by row number.
-    scored: of all ranks, by row number. rewards, advantages: (B, G) float32 over all ranks; a masked reward is NaN with advantage 0."""
+    scored: of all ranks, by row number. rewards, advantages: (B, G) float32 over all ranks; a masked reward is NaN with
+    advantage 0."""
 
     groups: list[RolloutGroup]
     positions: list[int]
@@ -116,7 +118,8 @@ def collect(
 ) -> Experience:
     """Sample and score all `problems` of the step (the same list on every rank; each rank does its own).
 
-    clock: times the stages "rollout" (sampling, with the scoring that overlaps it) and "reward" (what had to be waited for)."""
+    clock: times the stages "rollout" (sampling, with the scoring that overlaps it) and "reward" (what had to be waited
+    for)."""
     positions = list(range(rank(), len(problems), world_size()))
     requests = [
         RolloutRequest(
@@ -135,8 +138,8 @@ def collect(
 
 
 class TextOf:
-    """Token ids -> the text that rewards read: a final end-of-text token is taken off, everything else is shown as it is (also
-    a </answer> that ended the completion)."""
+    """Token ids -> the text that rewards read: a final end-of-text token is taken off, everything else is shown as it
+    is (also a </answer> that ended the completion)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -156,7 +159,8 @@ def sample_and_submit(
     scorer: RewardScorer,
     decode: TextOf,
 ) -> tuple[list[RolloutGroup], list[Future[ScoredBatch]]]:
-    """This rank's groups and their scores to come, in the order of the requests. A group is scored as soon as it is complete."""
+    """This rank's groups and their scores to come, in the order of the requests. A group is scored as soon as it is
+    complete."""
     pending: dict[int, Future[ScoredBatch]] = {}
 
     def score_group(index: int, group: RolloutGroup) -> None:

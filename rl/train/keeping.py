@@ -1,7 +1,8 @@
 """What a run keeps: checkpoints to resume from, and the final policy.
 
-A checkpoint holds the learner (weights, optimizer, reference), the router biases, and a small JSON state. No random state:
-every draw is derived from the seed and the step (rl.distributed.derive_seed), and data order is a function of the step.
+A checkpoint holds the learner (weights, optimizer, reference), the router biases, and a small JSON state. No random
+state: every draw is derived from the seed and the step (rl.distributed.derive_seed), and data order is a function of
+the step.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Keeper:
         if not resume:
             if self.store.steps():
                 raise ValueError(
-                    f"{self.store.folder} holds checkpoints of an earlier run (steps {self.store.steps()}): add --resume to "
-                    "continue it, or choose another output_dir or name"
+                    f"{self.store.folder} holds checkpoints of an earlier run (steps {self.store.steps()}): add "
+                    "--resume to continue it, or choose another output_dir or name"
                 )
             return 0
         found = self.store.latest_valid() if is_main_process() else None
@@ -72,7 +73,9 @@ class Keeper:
             print(f"[aha] resumed from {found.path}", flush=True)
         return int(found.step)
 
-    def save_if_due(self, step: int, every: int, *, total: int, elapsed_s: float, extra: dict[str, Any] | None = None) -> None:
+    def save_if_due(
+        self, step: int, every: int, *, total: int, elapsed_s: float, extra: dict[str, Any] | None = None
+    ) -> None:
         """Write the checkpoint of `step` (steps done) when the recipe says so; always after the last."""
         if (every and step % every == 0) or step == total:
             self.save(step, elapsed_s=elapsed_s, extra=extra)
@@ -95,7 +98,9 @@ class Keeper:
         """Stop the run, or say that the step was skipped, when loss or gradient were not finite."""
         if not result.skipped and math.isfinite(result.loss):
             return
-        message = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were not changed"
+        message = (
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were not changed"
+        )
         if on_nonfinite == "stop":
             raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
         if is_main_process():
@@ -104,13 +109,16 @@ class Keeper:
     def _check_same_launch(self, state: dict[str, Any], path: Path) -> None:
         for key, now in (("world_size", world_size()), ("zero_stage", self.learner.stage)):
             if state[key] != now:
-                raise ValueError(f"{path} was written with {key} = {state[key]}, this launch has {now}; resume with the same")
+                raise ValueError(
+                    f"{path} was written with {key} = {state[key]}, this launch has {now}; resume with the same"
+                )
 
 
 def save_final_policy(
     learner: Learner, folder: Path, tokenizer: PreTrainedTokenizerBase, *, summary: dict[str, Any] | None = None
 ) -> None:
-    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all. `summary` goes beside the folder."""
+    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all. `summary` goes beside the
+    folder."""
     temporary = folder.with_name(folder.name + ".writing")
     with learner.gathered() as policy:
         if is_main_process():

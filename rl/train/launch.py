@@ -1,9 +1,13 @@
-"""The command line of a training script: which recipe, which overrides, whether to resume. Nothing heavy is imported here."""
+"""The command line of a training script: which recipe, which overrides, whether to resume. Nothing heavy is imported
+here."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rl.config import Recipe, load_recipe
 
@@ -18,8 +22,17 @@ def run_command(description: str, arguments: list[str] | None = None) -> tuple[R
     parser.add_argument("--config", required=True, help="recipe (YAML)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
     known, overrides = parser.parse_known_args(arguments)
-    try:
+    with user_mistakes():
         return load_recipe(known.config, overrides), known.resume
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def user_mistakes() -> Iterator[None]:
+    """While a run is being set up, a ValueError is about the user's recipe or data: tell it, once, and end with exit
+    code 2. Used around set-up only; in the middle of training a traceback is what helps."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n[aha] cannot start: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

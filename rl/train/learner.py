@@ -1,14 +1,15 @@
 """The learner: micro-batches and a loss -> one optimizer step. The only importer of accelerate and deepspeed.
 
-It alone knows the world size, accumulation, ZeRO and gradient clipping. Losses arrive as sums over tokens together with one divisor
-that counts every row of the optimizer step on every rank, so the step is the same however rows are split into
-micro-batches and ranks:
+It alone knows the world size, accumulation, ZeRO and gradient clipping. Losses arrive as sums over tokens together with
+one divisor that counts every row of the optimizer step on every rank, so the step is the same however rows are split
+into micro-batches and ranks:
 
     gradient = d/dw  (sum over ranks and micro-batches of loss_sum) / divisor
 
-DDP and DeepSpeed average gradients over ranks, hence each micro-batch's loss is multiplied by the world size; DeepSpeed's own
-division by accumulation steps is switched off (`scale_wrt_gas=False`) because their number differs from step to step.
-Ranks may hold different numbers of micro-batches: those that run out compute idle ones (exactly zero gradient).
+DDP and DeepSpeed average gradients over ranks, hence each micro-batch's loss is multiplied by the world size;
+DeepSpeed's own division by accumulation steps is switched off (`scale_wrt_gas=False`) because their number differs from
+step to step. Ranks may hold different numbers of micro-batches: those that run out compute idle ones (exactly zero
+gradient).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from torch import nn
 from rl.config import OptimizerSection
 from rl.distributed import max_over_ranks, sum_over_ranks, world_size
 from rl.grpo.logprobs import suggest_chunk_tokens, token_logprobs
+from rl.policy.hf import HFPolicy
+from rl.policy.model import Policy
 from rl.train.batching import MicroBatch, idle_micro_batch
 from rl.train.reference import ReferenceWeights
 from rl.train.schedule import learning_rate_at
@@ -44,13 +47,14 @@ class Scored(NamedTuple):
     routes: torch.Tensor | None
 
 
+TrainablePolicy = Policy | HFPolicy
 LossFunction = Callable[[Scored, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(slots=True)
 class StepResult:
-    """One optimizer step. loss: the total over all ranks, after division. grad_norm: before clipping. skipped: the gradient was
-    not finite and the weights did not move. sums: the loss function's metric sums over all ranks."""
+    """One optimizer step. loss: the total over all ranks, after division. grad_norm: before clipping. skipped: the
+    gradient was not finite and the weights did not move. sums: the loss function's metric sums over all ranks."""
 
     loss: float
     grad_norm: float
@@ -60,9 +64,12 @@ class StepResult:
 
 
 class PolicyScorer(nn.Module):
-    """The trained module: a policy and the scoring of its completion tokens, in one forward so that ZeRO-3's hooks see it all."""
+    """The trained module: a policy and the scoring of its completion tokens, in one forward so that ZeRO-3's hooks see
+    it all."""
 
-    def __init__(self, policy: nn.Module) -> None:
+    policy: TrainablePolicy
+
+    def __init__(self, policy: TrainablePolicy) -> None:
         super().__init__()
         self.policy = policy
 
@@ -85,7 +92,8 @@ class PolicyScorer(nn.Module):
 def make_accelerator(dtype: torch.dtype) -> Accelerator:
     """The accelerator of this process, as `accelerate launch` described it; mixed precision follows the recipe's dtype.
 
-    Raises ValueError when bfloat16 weights would be trained without fp32 master weights (that needs DeepSpeed, ZeRO >= 1)."""
+    Raises ValueError when bfloat16 weights would be trained without fp32 master weights (that needs DeepSpeed, ZeRO >=
+    1)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if dtype == torch.bfloat16 and not wants_deepspeed:
@@ -95,13 +103,15 @@ def make_accelerator(dtype: torch.dtype) -> Accelerator:
         )
     handlers = []
     if wants_deepspeed or world_size() > 1:
-        # On CPU, accelerate would let DeepSpeed look for CCL. Ranks wait for the slowest rollout, hence the long timeout.
+        # On CPU, accelerate would let DeepSpeed look for CCL. Ranks wait for the slowest rollout, hence the long
+        # timeout.
         backend = None if torch.cuda.is_available() else "gloo"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=2)))
     accelerator = Accelerator(
         # without cpu=True accelerate leaves several CPU processes unwrapped, each training on its own
         cpu=not (torch.cuda.is_available() or wants_deepspeed),
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no", kwargs_handlers=handlers
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        kwargs_handlers=handlers,
     )
     if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise RuntimeError(f"DeepSpeed was asked for but accelerate chose {accelerator.distributed_type}")
@@ -121,13 +131,13 @@ def zero_stage(accelerator: Accelerator) -> int | None:
 class Learner:
     """Trains `policy` in place.
 
-    After construction `policy`'s parameters are what the optimizer updates; under ZeRO-3 they are partitioned, so look at
-    them only inside `gathered()`.
+    After construction `policy`'s parameters are what the optimizer updates; under ZeRO-3 they are partitioned, so look
+    at them only inside `gathered()`.
     """
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: TrainablePolicy,
         optimizer: OptimizerSection,
         *,
         accelerator: Accelerator,
@@ -140,7 +150,7 @@ class Learner:
         self.accelerator = accelerator
         self.total_steps = total_steps
         self.stage = zero_stage(accelerator)
-        self.vocab_size = int(policy.lm_head.weight.shape[0])  # type: ignore[union-attr,index]
+        self.vocab_size = int(policy.config.vocab_size)
         self.device = accelerator.device
         adam = torch.optim.AdamW(
             _decay_groups(policy, optimizer.weight_decay),
@@ -175,7 +185,8 @@ class Learner:
             set_z3_leaf_modules(scorer, list(leaves))
         return self.accelerator.prepare(scorer, adam)
 
-    # ---- one optimizer step -------------------------------------------------------------------------------------------------
+    # ---- one optimizer step
+    # -------------------------------------------------------------------------------------------------
 
     def step(
         self,
@@ -189,9 +200,10 @@ class Learner:
     ) -> StepResult:
         """One optimizer step over `batches`, this rank's part of it.
 
-        loss_function(scored, batch) -> (sum of the loss over the batch's tokens, metric sums), the same names on every rank.
-        divisor: of the whole step, over all ranks. step: 0-based, decides the learning rate. spare: any micro-batch to idle
-        with; needed where `batches` may be empty on this rank. At the end a non-finite gradient leaves the weights alone and says so."""
+        loss_function(scored, batch) -> (sum of the loss over the batch's tokens, metric sums), the same names on every
+        rank. divisor: of the whole step, over all ranks. step: 0-based, decides the learning rate. spare: any
+        micro-batch to idle with; needed where `batches` may be empty on this rank. At the end a non-finite gradient
+        leaves the weights alone and says so."""
         rate = learning_rate_at(self.section, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -238,7 +250,8 @@ class Learner:
     def _in_step_with_other_ranks(
         self, batches: Sequence[MicroBatch], spare: MicroBatch | None = None
     ) -> tuple[list[MicroBatch], int]:
-        """Every rank must run equally many forwards and equally many chunks of the head: pad with idle micro-batches."""
+        """Every rank must run equally many forwards and equally many chunks of the head: pad with idle
+        micro-batches."""
         chunks = max((math.ceil(len(b.targets) / self._chunk_tokens) for b in batches), default=1)
         count, chunks = max_over_ranks([len(batches), chunks], self.device)
         template = batches[0] if batches else spare
@@ -261,7 +274,8 @@ class Learner:
             loss.backward()
 
     def _finish_step(self) -> tuple[float, bool]:
-        """Clip, guard against non-finite gradients, update. Returns the gradient norm before clipping and whether it was skipped."""
+        """Clip, guard against non-finite gradients, update. Returns the gradient norm before clipping and whether it
+        was skipped."""
         if self.stage is None or self.stage == 0:
             limit = self.section.max_grad_norm or float("inf")
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
@@ -282,12 +296,14 @@ class Learner:
         skipped = bool(getattr(self.module.optimizer, "overflow", False)) or not math.isfinite(norm) or norm < 0
         return norm, skipped
 
-    # ---- weights ----------------------------------------------------------------------------------------------------------------
+    # ---- weights
+    # ----------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The policy with all its parameters in place, for rollouts and exports; collective under ZeRO-3 only on entry, so ranks may
-        leave at different times. Under ZeRO-3 the training hooks are taken off meanwhile: they would free weights after each use."""
+    def gathered(self) -> Iterator[TrainablePolicy]:
+        """The policy with all its parameters in place, for rollouts and exports; collective under ZeRO-3 only on entry,
+        so ranks may leave at different times. Under ZeRO-3 the training hooks are taken off meanwhile: they would free
+        weights after each use."""
         if self.stage != 3:
             yield self.policy
             return
@@ -295,7 +311,8 @@ class Learner:
 
         offload = self.module.optimizer.parameter_offload
         with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
-            for parameter in self.policy.parameters():
+            parameters: list[Any] = list(self.policy.parameters())
+            for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
@@ -311,7 +328,10 @@ class Learner:
             self.module.save_checkpoint(folder, tag="deepspeed", save_latest=False)
         elif self.rank == 0:
             torch.save(
-                {"module": self.accelerator.unwrap_model(self.module).state_dict(), "optimizer": self.optimizer.state_dict()},
+                {
+                    "module": self.accelerator.unwrap_model(self.module).state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                },
                 os.path.join(folder, "learner.pt"),
             )
         if self.reference is not None:
@@ -322,7 +342,9 @@ class Learner:
         if self.stage is not None:
             path, _ = self.module.load_checkpoint(folder, tag="deepspeed", load_lr_scheduler_states=False)
             if path is None:
-                raise ValueError(f"{folder} holds no DeepSpeed state for {self.world_size} ranks at ZeRO stage {self.stage}")
+                raise ValueError(
+                    f"{folder} holds no DeepSpeed state for {self.world_size} ranks at ZeRO stage {self.stage}"
+                )
         else:
             state = torch.load(os.path.join(folder, "learner.pt"), map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])

@@ -1,14 +1,16 @@
-"""The reference policy of the KL term, kept as a second set of weights that can be swapped into the policy for one forward.
+"""The reference policy of the KL term, kept as a second set of weights that can be swapped into the policy for one
+forward.
 
-No second module and no second DeepSpeed engine: under ZeRO-0/1/2 each parameter's storage is pointed at the copy for the
-duration; under ZeRO-3 each rank keeps a copy of its own shard only, and the ordinary gathering brings the reference together.
-R1-Zero replaced the reference with the newest policy every 400 steps (arXiv 2501.12948): `refresh`.
+No second module and no second DeepSpeed engine: under ZeRO-0/1/2 each parameter's storage is pointed at the copy for
+the duration; under ZeRO-3 each rank keeps a copy of its own shard only, and the ordinary gathering brings the reference
+together. R1-Zero replaced the reference with the newest policy every 400 steps (arXiv 2501.12948): `refresh`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,8 +57,10 @@ class ReferenceWeights:
             yield name, getattr(parameter, "ds_tensor", parameter)
 
     def _forget_gathered(self) -> None:
-        """ZeRO-3 keeps small parameters gathered between uses: let go of them, so that the next use reads the shards anew."""
-        for parameter in self.policy.parameters():
+        """ZeRO-3 keeps small parameters gathered between uses: let go of them, so that the next use reads the shards
+        anew."""
+        parameters: list[Any] = list(self.policy.parameters())
+        for parameter in parameters:
             if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
                 parameter.ds_active_sub_modules.clear()
                 parameter.partition(has_been_updated=False)

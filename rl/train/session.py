@@ -1,6 +1,7 @@
 """What every kind of run needs before its first step: recipe checks, folder, tokenizer, data, policy, engine.
 
-Cheap checks come first (recipe, batch arithmetic, reward functions, data), weights last, so that a mistake costs seconds.
+Cheap checks come first (recipe, batch arithmetic, reward functions, data), weights last, so that a mistake costs
+seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rewards.scorer import RewardScorer
@@ -21,7 +21,7 @@ from rl.distributed import is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.experience import TextOf
-from rl.train.learner import Accelerator, make_accelerator
+from rl.train.learner import Accelerator, TrainablePolicy, make_accelerator
 from rl.types import RolloutEngine, SamplingParams
 
 COLD_START = "cold_start"
@@ -53,7 +53,7 @@ class Session:
             temperature=rollout.temperature,
         )
 
-    def make_engine(self, policy: nn.Module) -> RolloutEngine:
+    def make_engine(self, policy: TrainablePolicy) -> RolloutEngine:
         """The engine that the recipe names, over the trainer's own policy."""
         rollout = self.recipe.rollout
         if rollout.engine == "hf":
@@ -92,18 +92,23 @@ def make_scorer(recipe: Recipe) -> RewardScorer:
 
 
 def make_policy(
-    model: ModelSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device, start_from: Path | None = None
-) -> nn.Module:
+    model: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    device: torch.device,
+    start_from: Path | None = None,
+) -> TrainablePolicy:
     """The policy of the recipe: from `start_from`, else a checkpoint, else random weights."""
     dtype = DTYPES[model.dtype]
     name = str(start_from) if start_from is not None else model.name_or_path
-    policy: nn.Module
+    policy: TrainablePolicy
     if name is not None:
         policy = load_any(name, dtype=dtype, device=device)
     else:
         policy = init_any(_config_values(model, tokenizer), seed=seed, dtype=dtype, device=device)
     policy.gradient_checkpointing = model.gradient_checkpointing
-    known = int(policy.lm_head.weight.shape[0])  # type: ignore[union-attr,index]
+    known = int(policy.config.vocab_size)
     if len(tokenizer) > known:
         raise ValueError(f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {known}")
     return policy
@@ -125,13 +130,14 @@ def _config_values(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def starting_point(recipe: Recipe, folder: Path) -> Path | None:
-    """Where GRPO starts when the recipe has a cold start: the policy that `scripts/sft.py` left. ValueError if it is missing."""
+    """Where GRPO starts when the recipe has a cold start: the policy that `scripts/sft.py` left. ValueError if it is
+    missing."""
     if recipe.sft is None:
         return None
     policy = folder / COLD_START / POLICY_FOLDER
     if not (policy / "config.json").is_file():
         raise ValueError(
-            f"this recipe has a cold start (section sft), but {policy} does not exist; run scripts/sft.py with the same "
-            "recipe first, or remove the section sft"
+            f"this recipe has a cold start (section sft), but {policy} does not exist; run scripts/sft.py with the "
+            "same recipe first, or remove the section sft"
         )
     return policy

@@ -1,7 +1,7 @@
 """Cold start: supervised training on (prompt, completion) rows, the loss on completions only.
 
-The same policy, data code, learner and checkpoints as GRPO; only the loss differs: minus the sum of the completion tokens' logprobs,
-divided by their number over all ranks and micro-batches of the optimizer step.
+The same policy, data code, learner and checkpoints as GRPO; only the loss differs: minus the sum of the completion
+tokens' logprobs, divided by their number over all ranks and micro-batches of the optimizer step.
 """
 
 from __future__ import annotations
@@ -25,63 +25,81 @@ from rl.train.session import COLD_START, POLICY_FOLDER, make_policy, open_sessio
 
 
 def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over completion tokens of -logprob, in nats; and what the mean and the accuracy need."""
+    """Sum over completion tokens of -logprob, in nats; and the sum of entropies."""
     loss = -(scored.logprobs * batch.loss_mask).sum()
-    return loss, {"tokens": batch.loss_mask.sum(), "entropy_sum": (scored.entropy * batch.loss_mask).sum()}
+    return loss, {"entropy_sum": (scored.entropy * batch.loss_mask).sum()}
 
 
-def train_cold_start(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Run the recipe's `sft` section; returns the folder of the trained policy (hub layout)."""
-    if recipe.sft is None:
-        raise ValueError("this recipe has no section sft, so there is no cold start to run")
-    section = recipe.sft
-    session = open_session(recipe, folder=recipe.run_folder / COLD_START)
-    rows = load_sft_rows(section, recipe.data.template, session.tokenizer, seed=recipe.seed)
-    if recipe.data.eval is not None:
-        held_out = load_problems(recipe.data, session.tokenizer, "eval", seed=recipe.seed)
-        trained = [row.prompt for row in rows]
-        refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
-    policy = make_policy(recipe.model, session.tokenizer, seed=recipe.seed, device=session.accelerator.device)
-    learner = Learner(
-        policy,
-        section,
-        accelerator=session.accelerator,
-        total_steps=section.steps,
-        zero3_leaf_classes=moe_leaf_classes(policy),
-    )
-    keeper = Keeper(session.folder, learner, keep=recipe.checkpoint.save_total_limit)
-    start = keeper.restore(resume=resume)
-    order = ProblemOrder(len(rows), derive_seed(recipe.seed, "sft"), section.batch_size)
-    began = time.monotonic() - keeper.elapsed_s
-    with MetricsLogger(session.folder, recipe, stage="sft", resume_step=start) as log:
-        progress = Progress("cold start", total=section.steps, initial=start, disable=not is_main_process())
-        for step in range(start, section.steps):
-            indices = order.indices(step)
-            loss_tokens = sum(sum(rows[i].loss_mask) for i in indices)
-            mine = [_as_row(n, rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
-            tick = time.monotonic()
-            result = learner.step(
-                pack_rows(mine, max_tokens=section.micro_batch_tokens), completion_loss, divisor=loss_tokens, step=step
+class ColdStart:
+    """The `sft` section of a recipe, ready to run. Construction checks and loads everything (ValueError: the recipe or
+    its data)."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
+        if recipe.sft is None:
+            raise ValueError("this recipe has no section sft, so there is no cold start to run")
+        self.recipe, self.section = recipe, recipe.sft
+        self.session = open_session(recipe, folder=recipe.run_folder / COLD_START)
+        tokenizer = self.session.tokenizer
+        self.rows = load_sft_rows(self.section, recipe.data.template, tokenizer, seed=recipe.seed)
+        if recipe.data.eval is not None:
+            held_out = load_problems(recipe.data, tokenizer, "eval", seed=recipe.seed)
+            trained = [row.prompt for row in self.rows]
+            refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
+        policy = make_policy(recipe.model, tokenizer, seed=recipe.seed, device=self.session.accelerator.device)
+        self.learner = Learner(
+            policy,
+            self.section,
+            accelerator=self.session.accelerator,
+            total_steps=self.section.steps,
+            zero3_leaf_classes=moe_leaf_classes(policy),
+        )
+        self.order = ProblemOrder(len(self.rows), derive_seed(recipe.seed, "sft"), self.section.batch_size)
+        self.keeper = Keeper(self.session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
+        self.start_step = self.keeper.restore(resume=resume)
+
+    def train(self) -> Path:
+        """All steps that are left; returns the folder of the trained policy (hub layout)."""
+        recipe, section = self.recipe, self.section
+        began = time.monotonic() - self.keeper.elapsed_s
+        with MetricsLogger(self.session.folder, recipe, stage="sft", resume_step=self.start_step) as log:
+            progress = Progress(
+                "cold start", total=section.steps, initial=self.start_step, disable=not is_main_process()
             )
-            keeper.check_finite(result, step=step, on_nonfinite=section.on_nonfinite)
-            metrics: dict[str, float] = {
-                "loss": result.loss,
-                "entropy": result.sums["entropy_sum"] / loss_tokens,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "skipped_updates": float(result.skipped),
-                "num_tokens": float(loss_tokens),
-                "time/step_s": time.monotonic() - tick,
-            }
-            if (step + 1) % recipe.logging.logging_steps == 0 or step + 1 == section.steps:
-                log.log(step + 1, metrics)
-            progress.update(loss=result.loss)
-            keeper.save_if_due(step + 1, recipe.checkpoint.save_steps, total=section.steps, elapsed_s=time.monotonic() - began)
-        progress.close()
-    folder = session.folder / POLICY_FOLDER
-    summary: dict[str, Any] = {"train_seconds": time.monotonic() - began, "steps": section.steps, "seed": recipe.seed}
-    save_final_policy(learner, folder, session.tokenizer, summary=summary)
-    return folder
+            for done in range(self.start_step + 1, section.steps + 1):
+                metrics = self.step(done - 1)
+                if done % recipe.logging.logging_steps == 0 or done == section.steps:
+                    log.log(done, metrics)
+                progress.update(loss=metrics["loss"])
+                elapsed_s = time.monotonic() - began
+                self.keeper.save_if_due(done, recipe.checkpoint.save_steps, total=section.steps, elapsed_s=elapsed_s)
+            progress.close()
+        folder = self.session.folder / POLICY_FOLDER
+        summary: dict[str, Any] = {
+            "train_seconds": time.monotonic() - began,
+            "steps": section.steps,
+            "seed": recipe.seed,
+        }
+        save_final_policy(self.learner, folder, self.session.tokenizer, summary=summary)
+        return folder
+
+    def step(self, step: int) -> dict[str, float]:
+        """Optimizer step number `step` (0-based) and its metrics."""
+        tick = time.monotonic()
+        indices = self.order.indices(step)
+        loss_tokens = sum(sum(self.rows[i].loss_mask) for i in indices)
+        mine = [_as_row(n, self.rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
+        batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens)
+        result = self.learner.step(batches, completion_loss, divisor=loss_tokens, step=step)
+        self.keeper.check_finite(result, step=step, on_nonfinite=self.section.on_nonfinite)
+        return {
+            "loss": result.loss,
+            "entropy": result.sums["entropy_sum"] / loss_tokens,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "skipped_updates": float(result.skipped),
+            "num_tokens": float(loss_tokens),
+            "time/step_s": time.monotonic() - tick,
+        }
 
 
 def _as_row(index: int, row: SFTRow) -> Row:

@@ -1,4 +1,5 @@
-"""The metrics of one GRPO step, under TRL's names where the meaning is TRL's; new ones are `stage/quantity` with the unit in the name.
+"""The metrics of one GRPO step, under TRL's names where the meaning is TRL's; new ones are `stage/quantity` with the
+unit in the name.
 
 All numbers are over all ranks: experience records are shared, update sums are reduced.
 """

@@ -2,8 +2,8 @@
 
     problems = order(step)                                   which problems, a pure function of the step
     experience = collect(problems)                           rl.rollout samples, rewards score, rl.grpo compares
-    result = update.run(experience)                          rl.train.update: the loss; rl.train.learner: the optimizer step
-    metrics
+    result = update.run(experience)                          rl.train.update: the loss; rl.train.learner: the optimizer
+    step metrics
 
 Every stage is timed; nothing here branches on an algorithm variant.
 """
@@ -47,9 +47,12 @@ class StageClock:
 
 
 class GRPOTrainer:
-    """Trains the policy of a recipe with GRPO; the same object on every rank."""
+    """Trains the policy of a recipe with GRPO; the same object on every rank. resume: from the newest checkpoint of the
+    run folder.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Construction checks and loads everything; ValueError is about the recipe, its data or the run folder."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         scorer = make_scorer(recipe)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe)
@@ -70,6 +73,7 @@ class GRPOTrainer:
                 params=self.params,
                 seed=recipe.seed,
             )
+        self.start_step = self.keeper.restore(resume=resume)
 
     def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
         self.recipe, self.session, self.scorer = recipe, session, scorer
@@ -94,12 +98,10 @@ class GRPOTrainer:
             max_completion_length=recipe.rollout.max_completion_length,
         )
         self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
-        self.start_from = start_from
 
-    def train(self, *, resume: bool = False) -> None:
-        """All steps of the recipe, from the newest checkpoint if `resume`."""
-        recipe = self.recipe
-        start = self.keeper.restore(resume=resume)
+    def train(self) -> None:
+        """All steps of the recipe that are left."""
+        recipe, start = self.recipe, self.start_step
         began = time.monotonic() - self.keeper.elapsed_s
         first: dict[str, float] | None = self.keeper.extra.get("first_evaluation")
         with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=start) as log:
@@ -163,7 +165,9 @@ class GRPOTrainer:
         recorded = all(group.prompt_routes is not None for group in experience.groups)
         wanted = self.recipe.grpo.routing_replay
         if wanted is True and not recorded:
-            raise ValueError("grpo.routing_replay: true, but this policy has no experts to record; allowed: auto, false")
+            raise ValueError(
+                "grpo.routing_replay: true, but this policy has no experts to record; allowed: auto, false"
+            )
         return recorded and wanted is not False
 
     def _report(

@@ -1,7 +1,8 @@
 """Experience -> optimizer steps: mini-batches, old and reference logprobs, and the loss of one micro-batch.
 
-A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Mini-batch m holds the m-th part of the step's
-rows by row number, so it is the same set of rows on any number of ranks; groups stay together where the numbers allow.
+A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Mini-batch m holds the m-th part
+of the step's rows by row number, so it is the same set of rows on any number of ranks; groups stay together where the
+numbers allow.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class UpdateResult:
-    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens each expert got on all ranks, or None."""
+    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens each expert got on all
+    ranks, or None."""
 
     steps: list[StepResult]
     metrics: dict[str, float]
@@ -44,7 +46,13 @@ class GRPOUpdate:
     """The update stage of a step, for one recipe."""
 
     def __init__(
-        self, learner: Learner, section: GRPOSection, *, micro_batch_tokens: int, temperature: float, max_completion_length: int
+        self,
+        learner: Learner,
+        section: GRPOSection,
+        *,
+        micro_batch_tokens: int,
+        temperature: float,
+        max_completion_length: int,
     ) -> None:
         self.learner = learner
         self.section = section
@@ -129,7 +137,8 @@ class GRPOUpdate:
                 batch.ref_logprobs = logprobs.cpu()
 
     def _probe_without_replay(self, rows: Sequence[Row], spare: MicroBatch) -> dict[str, float]:
-        """What the mismatch would be if the update let its own router choose: measured on the step's first rows, before the update."""
+        """What the mismatch would be if the update let its own router choose: measured on the step's first rows, before
+        the update."""
         few = [row for row in rows if row.index < PROBE_ROWS]
         batches = pack_rows(few, max_tokens=self.micro_batch_tokens)
         recorded = [batch.routes for batch in batches]
@@ -149,7 +158,9 @@ class GRPOUpdate:
             sums = {name: value + found[name] for name, value in sums.items()}
         totals = sum_over_ranks({name: float(value) for name, value in sums.items()}, self.learner.device)
         summary = summarize_mismatch(totals)
-        return {name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in summary.items()}
+        return {
+            name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in summary.items()
+        }
 
     def _expert_load(self, minis: Sequence[MiniBatch]) -> torch.Tensor | None:
         """Tokens that each expert of each MoE layer got in this step, (Lm, E), over all ranks."""

@@ -15,7 +15,9 @@ CONFIGS = ROOT / "recipes" / "accelerate_configs"
 TIMEOUT_S = 420
 
 
-def command(script: str | Path, arguments: Sequence[str], *, config: str | None = None, processes: int = 1) -> list[str]:
+def command(
+    script: str | Path, arguments: Sequence[str], *, config: str | None = None, processes: int = 1
+) -> list[str]:
     """The command line of `script`: plain Python without a launch config, else `accelerate launch` with it."""
     words = [str(script), *map(str, arguments)]
     if config is None:

@@ -1,4 +1,5 @@
-"""Real text through the whole path: two GRPO steps on GSM8K rows, with a user's own reward function beside the built-in ones."""
+"""Real text through the whole path: two GRPO steps on GSM8K rows, with a user's own reward function beside the built-in
+ones."""
 
 from __future__ import annotations
 
@@ -47,6 +48,31 @@ def test_two_steps_on_real_rows(launch: Callable[..., str], tmp_path: Path) -> N
     completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert len(completions) == 32 and "How" in completions[0]["prompt"]
     assert list((folder / "wandb").glob("offline-run-*")), "wandb without a key must work offline"
+
+
+def test_another_architecture_trains_through_transformers(launch: Callable[..., str], tmp_path: Path) -> None:
+    """A Llama-shaped policy: transformers' model behind the same learner, transformers' generate as the engine."""
+    folder = tmp_path / "run"
+    llama = (
+        "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
+        "num_key_value_heads: 2, max_position_embeddings: 1024, eos_token_id: 1, pad_token_id: 0}"
+    )
+    overlong = "{func: soft_overlong_punishment, params: {max_completion_len: 64, soft_punish_cache: 32}}"
+    launch(
+        "scripts/grpo.py",
+        [
+            "--config", str(RECIPE), "--output_dir", str(folder), "--rollout.engine=hf", f"--model.from_config={llama}",
+            f"--rewards.reward_funcs=[{overlong}]",
+            "--eval.num_problems=2",
+        ],
+        config="cpu.yaml",
+    )  # fmt: skip
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in steps if "reward" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["mismatch_kl"] < 1e-6 and math.isfinite(row["loss"])
+        assert "routing/disagreement_frac" not in row
 
 
 @pytest.mark.parametrize(

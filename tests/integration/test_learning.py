@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl.rollout.engine import Engine
 from rl.policy.weights import load_policy
+from rl.rollout.engine import Engine
 from rl.types import Problem, RolloutRequest, SamplingParams
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -1,4 +1,5 @@
-"""Killed with SIGKILL at any moment and resumed, a run gives the numbers of the run that was never killed, bit for bit."""
+"""Killed with SIGKILL at any moment and resumed, a run gives the numbers of the run that was never killed, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def kill_when(reached: Callable[[], bool], words: list[str]) -> None:
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """The metrics of all steps, without what the clock says."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k and "latency" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k and "latency" not in k}
+        for row in rows
+    ]
 
 
 def assert_same_run(left: Path, right: Path) -> None:

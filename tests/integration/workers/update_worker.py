@@ -52,8 +52,8 @@ CONFIG = {
 
 
 def make_experience(seed: int) -> Experience:
-    """The same problems, completions and rewards on every rank; each rank holds every world_size-th group. Lengths differ much,
-    one completion is cut off, one has no reward."""
+    """The same problems, completions and rewards on every rank; each rank holds every world_size-th group. Lengths
+    differ much, one completion is cut off, one has no reward."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -83,7 +83,15 @@ def make_experience(seed: int) -> Experience:
             reward = float(rewards[b, k])
             records.append(
                 RowRecord(
-                    b * GROUP + k, problem.id, "", "", len(ids), (b, k) == (0, 1), None if reward != reward else reward, {}, {}
+                    b * GROUP + k,
+                    problem.id,
+                    "",
+                    "",
+                    len(ids),
+                    (b, k) == (0, 1),
+                    None if reward != reward else reward,
+                    {},
+                    {},
                 )
             )
         groups.append(RolloutGroup(problem, completions, draw_routes(len(prompt))))
@@ -105,8 +113,8 @@ def main() -> None:
     policy = init_policy(PolicyConfig.from_dict(CONFIG), seed=0, dtype=dtype)
     learner = Learner(
         policy,
-        # A large epsilon: Adam divides by |gradient|, so with 1e-8 a rounding error of a gradient near 0 moves a weight by the
-        # full learning rate, and the comparison would show Adam instead of the learner.
+        # A large epsilon: Adam divides by |gradient|, so with 1e-8 a rounding error of a gradient near 0 moves a weight
+        # by the full learning rate, and the comparison would show Adam instead of the learner.
         OptimizerSection(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.01, adam_epsilon=1e-3),
         accelerator=accelerator,
         total_steps=100,
@@ -133,7 +141,9 @@ def main() -> None:
     after = weights_of(learner)
     with learner.gathered():
         requests = [RolloutRequest(Problem(f"q{i}", "", (3 + i, 5, 7)), (i,)) for i in range(4)]
-        tokens = [g.completions[0].token_ids for g in Engine(policy).generate(requests, SamplingParams(12, temperature=0.0))]
+        tokens = [
+            g.completions[0].token_ids for g in Engine(policy).generate(requests, SamplingParams(12, temperature=0.0))
+        ]
     assert keeper.restore(resume=True) == 1
     again_metrics = step(1)
     again = weights_of(learner)
@@ -141,7 +151,14 @@ def main() -> None:
     resumed_exactly = all(gather_objects(same and again_metrics == metrics[1]))
     if rank() == 0:
         torch.save(
-            {"metrics": metrics, "weights": after, "tokens": tokens, "resumed_exactly": resumed_exactly, "stage": learner.stage}, out
+            {
+                "metrics": metrics,
+                "weights": after,
+                "tokens": tokens,
+                "resumed_exactly": resumed_exactly,
+                "stage": learner.stage,
+            },
+            out,
         )
     barrier()
 
