@@ -37,7 +37,7 @@ from rewards.math_eval import (
 )
 from rewards.math_matrix import matrix_entries
 from rewards.math_nodes import Node
-from rewards.math_parse import parse_math
+from rewards.math_parse import MAX_CHARS, parse_math
 from rewards.math_tokens import MathSyntaxError
 from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
@@ -54,6 +54,8 @@ def compare_texts(gold: str, answer: str) -> Match:
     >>> compare_texts("42", "41 or 42").equal
     False
     """
+    if len(answer) > MAX_CHARS:
+        return Match(False, f"an answer of more than {MAX_CHARS} characters")
     try:
         if clean_math(gold) == clean_math(answer):
             return Match(True, "same text")

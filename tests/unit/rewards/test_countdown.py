@@ -83,7 +83,8 @@ def _random_expression(depth: int) -> tuple[str, Fraction | None]:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("2+3*4", 14), ("2*3+4", 10), ("20-5-3", 12), ("20-5+3", 18), ("24/4/2", 3), ("24/4*2", 12), ("2--3", 5)]
+    ("text", "value"),
+    [("2+3*4", 14), ("2*3+4", 10), ("20-5-3", 12), ("20-5+3", 18), ("24/4/2", 3), ("24/4*2", 12), ("2--3", 5)],
 )
 def test_precedence(text: str, value: int) -> None:
     assert parse_expression(text)[0] == value

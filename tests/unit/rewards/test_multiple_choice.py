@@ -16,8 +16,9 @@ def tagged(answer: str, gold: str = "B", options: object = None) -> float | None
 
 @pytest.mark.parametrize(
     "answer",
-    ["B", "(B)", "b", "B.", "B)", "[B]", "$B$", "**B**", "\\boxed{B}", "\\boxed{\\text{(B) }4}", "\\text{B}", "B) 4", "B. 4",
-     "B: 4", "Option B", "The answer is B.", "The correct answer is (B) 4.", "option (b)", "not A, B", "答案是B", "选B"],
+    ["B", "(B)", "b", "B.", "B)", "[B]", "$B$", "**B**", "\\boxed{B}", "\\boxed{\\text{(B) }4}", "\\text{B}", "B) 4",
+     "B. 4", "B: 4", "Option B", "The answer is B.", "The correct answer is (B) 4.", "option (b)", "not A, B",
+     "答案是B", "选B"],
 )  # fmt: skip
 def test_honest_answers(answer: str) -> None:
     assert tagged(answer) == 1.0
@@ -26,9 +27,10 @@ def test_honest_answers(answer: str) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["A", "C", "A or B", "A and B", "Both A and B", "A, B", "B/C", "A B C D", "ABCD", "Both are bad, because", "None of the above",
-     "(A) or (B)", "A) 3 B) 4", "\\boxed{A} \\boxed{B}", "\\boxed{AB}", "Banana", "not B", "It's not (B)", "", "the second one",
-     "A car", "x" * 100_000, "B " * 50_000 + "A"],
+    ["A", "C", "A or B", "A and B", "Both A and B", "A, B", "B/C", "A B C D", "ABCD", "Both are bad, because",
+     "None of the above", "(A) or (B)", "A) 3 B) 4", "\\boxed{A} \\boxed{B}", "\\boxed{AB}", "Banana", "not B",
+     "It's not (B)", "",
+     "the second one", "A car", "x" * 100_000, "B " * 50_000 + "A"],
 )  # fmt: skip
 def test_cheats(answer: str) -> None:
     assert tagged(answer) == 0.0

@@ -132,7 +132,8 @@ def test_blank() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["<", "<think>", "</think>", "<answer>", "<answer></answer>", " ", "\n", "</answer>\n", "<|im_end|>", "<thin"]
+    "piece",
+    ["<", "<think>", "</think>", "<answer>", "<answer></answer>", " ", "\n", "</answer>\n", "<|im_end|>", "<thin"],
 )
 def test_time_is_linear(piece: str) -> None:
     """300,000 characters of anything are parsed within tenths of a second, also behind a well-formed head."""

@@ -1,0 +1,185 @@
+"""Pairs of reference and answer: which say the same and which do not. Every rule of the comparison has its table."""
+
+from __future__ import annotations
+
+import pytest
+
+from rewards.math_compare import compare_texts
+
+SAME_NUMBERS = [
+    ("1000", "1,000"), ("1000", "1{,}000"), ("1000", r"1\,000"), ("1000", "1 000"), ("1000", "1000.00"),
+    ("1000000", "1 000 000"), ("0.5", "1/2"), ("0.5", ".5"), ("0.5", r"50\%"), (r"50\%", "0.5"), (r"50\%", "50"),
+    ("50", r"50\%"), ("5", r"500\%"), (r"\frac{1}{3}", "0.3333333333333333"), (r"\frac13", "1/3"),
+    (r"\frac{1}{3}", r"\frac{2}{6}"), (r"2\frac{1}{2}", "5/2"), (r"2\frac12", "2.5"), (r"\frac{5}{2}", "2 1/2"),
+    (r"\frac{5}{2}", r"2\ 1/2"), (r"1.5\times 10^{3}", "1500"), ("1500", "1.5e3"), ("1500", r"1.5 \cdot 10^3"),
+    ("1500", "1.5*10^3"), (r"3\times 10^8", "300000000"), ("-3", "- 3"), ("-3", "\u22123"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"-\frac{1}{2}", r"\frac{1}{-2}"), (r"-\frac12", "-0.5"),
+    (r"\$5", "5 dollars"), (r"\$5", "5"), ("5", r"\$5.00"), (r"\$1,250", "1250 dollars"),
+    (r"5.4 \text{ cents}", "5.4"), ("10", "\u20ac10"), ("12", "12 cm"), ("12", "12cm"), (r"12\text{ cm}", "12"),
+    (r"12\text{ cm}^2", r"12\mathrm{~cm}^2"), ("12", r"12 \mathrm{cm}"), ("12", r"12\,\text{cm}^3"),
+    (r"12\text{ feet}", "12 ft"), ("12", "12 m"), ("12", "12 m/s"), ("12", r"12\text{ m/s}"),
+    ("12", "12 miles per hour"), ("60", "60 km/h"), ("12", r"12^\circ"), (r"12^\circ", "12"),
+    (r"12^\circ", r"12 \text{ degrees}"), ("12", r"12 \text{ square units}"), ("3", "x=3"), ("x=3", "3"),
+    ("x = 3", "x=3"), ("3", "x=3=3"), ("42", r"6 \cdot 7 = 42"), (r"9\text{ a.m.}", "9 AM"),
+    (r"9\text{ a.m.}", "9:00 a.m."), ("4:30", "4:30 p.m."), (r"\text{4:30 p.m.}", "4:30 PM"),
+    (r"\text{4:30 p.m.}", "4:30"), ("100!", "100!"), ("120", "5!"), ("10", r"\binom{5}{2}"), ("2^{10}", "1024"),
+    ("1024", "2^10"), ("2^{2010}", "2^{2010}"), ("2^{2010}", "4^{1005}"),
+]  # fmt: skip
+DIFFERENT_NUMBERS = [
+    ("1000", "1.000"), ("0.5", "50"), ("50", "0.5"), (r"\frac{1}{3}", "0.333"), ("1/3", r"33.33\%"), ("7", "seven"),
+    ("21/2", "2 1/2"), (r"5 \text{ cents}", "5 dollars"), (r"12\text{ cm}", r"12 \text{ cm}^2"),
+    (r"12\text{ feet}", "12 inches"), (r"30^\circ", r"\frac{\pi}{6}"), ("x=3", "y=3"), ("42", "41=42"),
+    (r"9\text{ a.m.}", r"9\text{ p.m.}"), (r"4:30\text{ p.m.}", "16:30"), ("2^{2010}", "2^{2009}"),
+]  # fmt: skip
+SAME_EXPRESSIONS = [
+    ("2x+1", "1+2x"), ("x^2-1", "(x-1)(x+1)"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"2\sqrt2", r"\sqrt 8"),
+    (r"\sqrt{2}/2", r"\frac{1}{\sqrt{2}}"), (r"\sqrt[3]{8}", "2"), ("2", r"\sqrt{4}"), (r"\pi", "pi"),
+    (r"2\pi", "2pi"), (r"6\pi", r"6 \pi \text{ cm}"), (r"\frac{\pi}{4}", r"\pi/4"),
+    (r"\frac{3\pi}{4}", r"\frac34\pi"), ("e^2", "exp(2)"), ("e^x", r"\exp(x)"), (r"\ln 2", r"\log 2"),
+    (r"\sin^2 x", r"1-\cos^2 x"), (r"\tan x", r"\frac{\sin x}{\cos x}"), (r"\log_2 8", "3"), ("i", r"\sqrt{-1}"),
+    ("3+4i", "4i+3"), (r"\sqrt{x^2}", "|x|"), (r"\frac{x}{y}", "x/y"), ("x^{1/2}", r"\sqrt{x}"),
+    (r"\frac{1}{x+1}", "(x+1)^{-1}"), ("2^{x+1}", r"2\cdot2^x"), ("ab", "ba"), ("a^2b", "ba^2"),
+    (r"\alpha+\beta", r"\beta+\alpha"), ("x_1+x_2", "x_2+x_1"), (r"2\sin x\cos x", r"\sin 2x"),
+    (r"2\sin(x)\cos(x)", r"\sin(2x)"), (r"\frac{\sqrt{3}}{2}", r"\cos 30^\circ"), (r"\arctan 1", r"\frac{\pi}{4}"),
+    (r"\tan^{-1}(1)", r"\frac{\pi}{4}"),
+]  # fmt: skip
+DIFFERENT_EXPRESSIONS = [
+    ("2x+1", "2y+1"), ("x^2", "x^3"), (r"2\sqrt{2}", "2.828"), (r"\pi", "3.14159"), ("3+4i", "3-4i"), ("|x|", "x"),
+]  # fmt: skip
+SAME_EQUATIONS = [
+    ("y=2x+3", "2x+3"), ("2x+3", "y=2x+3"), ("y=2x+3", "y = 3+2x"), ("y=2x+3", "2x-y+3=0"),
+    ("x^2+y^2=1", "2x^2+2y^2=2"), ("f(x)=2x", "2x"), ("f(x)=2x", "f(x)=2x"), ("f(x)=2x", "y=2x"),
+]  # fmt: skip
+DIFFERENT_EQUATIONS = [
+    ("x^2+y^2=1", "x^2+y^2=2"), ("x+y=0", "0"), ("0", "x+y=0"), ("f(x)=2x", "g(x)=2x"),
+]  # fmt: skip
+SAME_INTERVALS = [
+    ("(0,1)", "0<x<1"), ("0<x<1", "(0,1)"), (r"[0,\infty)", r"x\ge0"), (r"x\geq 0", r"[0,\infty)"),
+    (r"(-\infty,0)\cup(0,\infty)", r"x\neq 0"), (r"x \ne 0", r"(-\infty,0)\cup(0,\infty)"),
+    (r"(-\infty,\infty)", r"\mathbb{R}"), (r"(1,2)\cup(3,4)", r"(3,4)\cup(1,2)"), ("[1,2]", r"1 \le x \le 2"),
+    ("[1,2]", r"x\in[1,2]"), (r"x<1 \text{ or } x>3", r"(-\infty,1)\cup(3,\infty)"),
+    (r"(-\infty,1)\cup(3,\infty)", r"x<1 \text{ or } x>3"), (r"(-\infty,1)\cup(3,\infty)", "x<1, x>3"),
+    ("x>2", "2<x"), (r"[0,2\pi)", r"0\le x<2\pi"), (r"(-5, \infty)", r"(-5,+\infty)"),
+]  # fmt: skip
+DIFFERENT_INTERVALS = [
+    ("(0,1)", "[0,1]"), (r"(1,2)\cup(3,4)", "(1,2)"), ("(1,2)", "(2,1)"), ("x>2", r"x\ge 2"), ("[2,2]", "2"),
+    (r"(-\infty, 5]", r"(-\infty, 5)"),
+]  # fmt: skip
+SAME_COLLECTIONS = [
+    ("(1,2)", "(1, 2)"), ("(1,2)", "1,2"), ("1,2", "(1,2)"), ("1,2", "2,1"), (r"\{1,2\}", "1,2"), ("1,2", r"\{2,1\}"),
+    (r"1 \text{ and } 2", "2, 1"), ("x=1,x=2", "1,2"), (r"x=1 \text{ or } x=2", "2,1"),
+    ("1,2", r"x=1 \text{ or } x=2"), ("x=1,y=2", "(1,2)"), ("(1,2)", "x=1, y=2"), ("x=1,y=2", "y=2,x=1"),
+    (r"\pm 2", "2,-2"), ("2,-2", r"\pm 2"), (r"x=\pm2", r"\pm 2"), (r"\pm\sqrt{3}", r"\sqrt3,-\sqrt3"),
+    (r"1\pm\sqrt2", r"1+\sqrt2, 1-\sqrt2"), ("(1,2),(3,4)", "(3,4),(1,2)"), ("(1,2),(3,4)", r"\{(1,2),(3,4)\}"),
+    ("(x,y)=(1,2)", "(1,2)"), (r"\left(\frac12,1\right)", "(0.5,1)"), (r"\emptyset", r"\{\}"),
+    ("2,3,5", r"2, 3, \text{ and } 5"), ("2,3,5", "2, 3 and 5"), ("3,4", "3;4"), ("12,34", "34,12"),
+    (r"\langle 1,2\rangle", "(1,2)"), ("(3,100)", "(3, 100)"), ("100,200", "100, 200"), ("1,200", "1, 200"),
+    ("1,200", "1200"),
+]  # fmt: skip
+DIFFERENT_COLLECTIONS = [
+    ("(1,2)", "2,1"), (r"\{1,2,3\}", r"\{1,2\}"), ("1,2,3", "1,2"), ("1,2", "1,2,3"), ("1", "1,2"), ("1,2", "1"),
+    ("x=1,y=2", "2,1"), (r"\pm 2", "2"), ("(1,2),(3,4)", "(1,2)"), ("(1,2,3)", "(1,3,2)"),
+]  # fmt: skip
+SAME_MATRICES = [
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
+    (r"\begin{pmatrix} 1/2 \\ 1 \end{pmatrix}", r"\begin{pmatrix} \frac12 \\ 1 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\frac12\begin{pmatrix} 2 \\ 4 \end{pmatrix}"),
+]  # fmt: skip
+DIFFERENT_MATRICES = [
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+]  # fmt: skip
+SAME_WORDS = [
+    (r"\text{east}", "East"), (r"\text{Monday}", "Monday."), (r"\text{(C)}", "C"), ("C", "(C)"), (r"\text{C}", "c"),
+    ("C", r"\text{(C) }12"), ("C", "C. 12"), (r"\text{Yes}", "yes"), (r"\text{no solution}", "No solution."),
+    (r"\text{A,C,F}", "A, C, F"), (r"\text{A,C,F}", "F, A, C"), (r"\text{ellipse}", r"\text{an ellipse}"),
+    (r"\text{June 20}", "June 20"),
+]  # fmt: skip
+DIFFERENT_WORDS = [
+    ("C", "D"), (r"\text{even}", "odd"), (r"\text{June 20}", "June 21"),
+]  # fmt: skip
+SAME_RATIOS_AND_BASES = [
+    ("3:4", "3:4"), ("3:4", "6:8"), ("3:4", r"\frac34"), ("1:2:3", "2:4:6"), ("1101_4", "1101_4"), ("1101_4", "1101"),
+    ("1101_4", "1101_{4}"), ("1101_4", r"1101_{\text{four}}"),
+]  # fmt: skip
+DIFFERENT_RATIOS_AND_BASES = [
+    ("3:4", "4:3"), ("1101_4", "1100_4"), ("1101_4", "1101_5"),
+]  # fmt: skip
+SAME_MIXED = [
+    (r"\frac{1}{2}", "\u00bd"), ("x^2", "x\u00b2"), ("5", "5,"), ("5", "5."), ("5", "+5"), ("5", "(5)"), ("5", "{5}"),
+    ("5", "[5]"), ("5", "5.0"), ("5", "05"), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"16\sqrt{3}", "16 * sqrt(3)"), ("-2*pi", r"-2\pi"), ("sqrt(2)", r"\sqrt2"), ("1/2*x", r"\frac{x}{2}"),
+    ("x**2", "x^2"), (r"\frac{a}{b}", r"\frac ab"), (r"\frac{1}{2}", "1 / 2"), (r"\frac{1}{2}", r"\dfrac 12"),
+    (r"\frac{3}{4}", r"3 \div 4"), (r"2 \cdot 3^2", "18"), ("18", r"2\times 3^{2}"),
+    (r"\sqrt{3}-5i", r"-5i+\sqrt{3}"), (r"\overline{AB}", r"\overline{AB}"), (r"0.\overline{3}", r"\frac13"),
+    (r"\frac{1}{3}", r"0.\overline{3}"), (r"0.\overline{12}", r"\frac{4}{33}"), (r"6\text{ and }8", "6,8"),
+    (r"x \in \{1,2\}", "1,2"), (r"\infty", r"+\infty"), (r"\infty", r"\infty"), (r"\text{DNE}", "DNE"),
+    (r"4\sqrt{5}", r"4\sqrt{5}\text{ units}"), (r"10\%", "0.1"), ("15", r"15\text{ ways.}"), (r"8\text{ meals}", "8"),
+    ("8", r"8 \text{ (eight)}"), (r"\frac{9}{4}, -\frac{9}{4}", r"\pm\frac94"), (r"k \leq 2", r"(-\infty,2]"),
+    ("a<b", "b>a"), (r"\cot x", r"\frac{1}{\tan x}"), ("n(n+1)/2", r"\frac{n^2+n}{2}"),
+    (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"), ("n!", r"n\cdot(n-1)!"), (r"\lfloor 3.7 \rfloor", "3"),
+    ("2^{n}-1", "2^n - 1"), (r"\frac{1}{2}\ln 2", r"\ln\sqrt{2}"), ("p - q", "-(q - p)"),
+]  # fmt: skip
+DIFFERENT_MIXED = [
+    ("42", "42.0000001"), ("42", "4200"), ("42", "-42"), ("42", "42x"), ("x", "42x"), ("42", "42+x"),
+    ("10", "10^{10^{10}}"), (r"-\infty", r"\infty"), ("-x", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        *SAME_NUMBERS,
+        *SAME_EXPRESSIONS,
+        *SAME_EQUATIONS,
+        *SAME_INTERVALS,
+        *SAME_COLLECTIONS,
+        *SAME_MATRICES,
+        *SAME_WORDS,
+        *SAME_RATIOS_AND_BASES,
+        *SAME_MIXED,
+    ],
+)
+def test_same(gold: str, answer: str) -> None:
+    assert compare_texts(gold, answer).equal
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        *DIFFERENT_NUMBERS,
+        *DIFFERENT_EXPRESSIONS,
+        *DIFFERENT_EQUATIONS,
+        *DIFFERENT_INTERVALS,
+        *DIFFERENT_COLLECTIONS,
+        *DIFFERENT_MATRICES,
+        *DIFFERENT_WORDS,
+        *DIFFERENT_RATIOS_AND_BASES,
+        *DIFFERENT_MIXED,
+    ],
+)
+def test_different(gold: str, answer: str) -> None:
+    assert not compare_texts(gold, answer).equal
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "rule"),
+    [
+        ("0.5", "0.5", "same text"),
+        ("East", "the east.", "same words"),
+        ("0.5", "1/2", "number"),
+        ("50\\%", "50", "percent"),
+        ("1/3", "0.33333333333", "decimal"),
+        ("x^2-1", "(x-1)(x+1)", "expression"),
+        ("x+y=1", "2x+2y=2", "equation"),
+        ("x>1", "(1,\\infty)", "real set"),
+        ("(1,2)", "(2/2,2)", "tuple"),
+        ("1,2", "2,1", "set"),
+        ("3:4", "6:8", "ratio"),
+        ("1101_4", "1101", "base"),
+        ("9 a.m.", "9:00 am", "time of day"),
+        ("C", "(C) 12", "option letter"),
+    ],
+)
+def test_the_rule_is_named(gold: str, answer: str, rule: str) -> None:
+    assert compare_texts(gold, answer).rule == rule
