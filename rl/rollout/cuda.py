@@ -6,7 +6,7 @@ steps. Rows beyond the live ones, and rows that have ended, stand still: they jo
 of their own. What a graph reads from the host's side (who shares a prompt) is a device table that `regroup` rewrites.
 
 Graphs belong to one rollout, since cache and state are given back after it; capturing one takes 10 to 30 ms. Kernels are
-compiled before the first capture of a size by a step in which every row stands still (`warmed`, kept by the engine).
+compiled before the first capture of a size by a step in which every row stands still.
 """
 
 from __future__ import annotations
@@ -25,9 +25,23 @@ from rl.rollout.sampling import Sampler
 from rl.rollout.state import RowState
 
 
+class GraphKeeper:
+    """What outlives a rollout: the memory pool that captured graphs draw their few temporaries from (an empty graph holds it,
+    so that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.warmed: set[tuple[int, ...]] = set()
+        self._anchor = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            self._anchor.capture_begin(capture_error_mode="thread_local")
+            self._held = torch.zeros(1, device=device)
+            self._anchor.capture_end()
+        self.pool = self._anchor.pool()
+
+
 class CudaStepper:
-    """warmed: batch sizes whose kernels are compiled already, updated here. `capture_s`, `warm_s`: time spent so far on
-    capturing and on compiling."""
+    """keeper: see there. `capture_s`, `warm_s`: time spent so far on capturing and on compiling."""
 
     name = "triton"
 
@@ -39,14 +53,14 @@ class CudaStepper:
         sampler: Sampler,
         *,
         positions: int,
-        warmed: set[int],
+        keeper: GraphKeeper,
     ) -> None:
         self.cache, self.state, self.sampler = cache, state, sampler
         self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
         self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
         self.capture_s = self.warm_s = 0.0
         device = state.device
-        self._warmed = warmed
+        self._keeper = keeper
         self._how = sampling_switches(sampler).to(device)
         self._rows = Rows(
             token=state.token,
@@ -58,12 +72,12 @@ class CudaStepper:
             out_tokens=state.out_tokens,
             out_logprobs=state.out_logprobs,
             stops=state.stops,
+            row_limit=state.row_limit,
         )
         self._slots = torch.arange(state.slots, dtype=torch.int32, device=device)
         self._indices = torch.zeros(5, state.slots, dtype=torch.int32, device=device)
         self._tiles = torch.full((state.slots, self.decoder.rows_per_tile), -1, dtype=torch.int32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
         self._size = 0
 
     def column_order(self) -> None:
@@ -86,17 +100,21 @@ class CudaStepper:
         self._tiles.copy_(torch.tensor(table, dtype=torch.int32), non_blocking=True)
         self._size = batch_rung(len(prompt_slots), self.state.slots)
 
-    def advance(self, steps: int) -> None:
+    def extra_stats(self) -> dict[str, float | int]:
+        return {"capture_s": self.capture_s, "warm_s": self.warm_s, "graphs": len(self._graphs)}
+
+    def advance(self, steps: int, longest_own: int) -> None:
         """`steps` decode steps of all live rows, queued on the device."""
         graph = self._graphs.get(self._size) or self._capture(self._size)
         for _ in range(steps):
             graph.replay()
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        if size not in self._warmed:
+        shape = (size, self.state.slots, int(self.sampler.truncates))
+        if shape not in self._keeper.warmed:
             began = time.perf_counter()
             self._stand_still(size)
-            self._warmed.add(size)
+            self._keeper.warmed.add(shape)
             self.warm_s += time.perf_counter() - began
         began = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
@@ -104,11 +122,10 @@ class CudaStepper:
         side.wait_stream(torch.cuda.current_stream())
         # torch.cuda.graph() would collect garbage and empty the allocator's cache each time.
         with torch.cuda.stream(side):
-            graph.capture_begin(*(() if self._pool is None else (self._pool,)), capture_error_mode="thread_local")
+            graph.capture_begin(self._keeper.pool, capture_error_mode="thread_local")
             self._step(size)
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        self._pool = graph.pool()
         self._graphs[size] = graph
         self.capture_s += time.perf_counter() - began
         return graph

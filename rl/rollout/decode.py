@@ -1,8 +1,8 @@
 """One decode step: every row's last token goes through the policy once and its next token is drawn.
 
 MLA in its absorbed form (arXiv:2405.04434, section 2.1.2; see rl.policy.mla for the algebra), experts as the router
-of the policy chooses them. `TorchDecoder` is the plain form, for any device; `rl.rollout.cuda` wraps the Triton
-kernels behind the same protocol. Nothing here waits for the device or reads a clock or torch's RNG.
+of the policy chooses them. `TorchStepper` is the plain form, for any device; `rl.rollout.cuda` has the
+Triton kernels behind the same protocol. Nothing here waits for the device or reads a clock or torch's RNG.
 """
 
 from __future__ import annotations
@@ -16,44 +16,80 @@ from rl.rollout import ops
 from rl.rollout.cache import LatentCache
 from rl.rollout.ops import AttentionPlan
 from rl.rollout.sampling import Sampler
-from rl.rollout.state import RowState
+from rl.rollout.state import PlanBuilder, RowState
 from rl.rollout.weights import DecodeWeights, LayerWeights, build_decode_weights, halves_to_pairs
 
 
-class Decoder(Protocol):
-    """name: for the statistics. derived_bytes, build_s: size of weight-derived buffers and time to build them."""
+class Stepper(Protocol):
+    """A rollout's decode steps on some device. name: for the statistics. derived_bytes, build_s: size of weight-derived
+    buffers and time to build them."""
 
     name: str
     derived_bytes: int
     build_s: float
 
     def column_order(self) -> torch.Tensor | None:
-        """How the columns of the policy's cache rows are reordered for this decoder's cache; None: as they are."""
-
-    def logits(self, cache: LatentCache, state: RowState, plan: AttentionPlan) -> torch.Tensor:
-        """Feed the rows' last tokens: write their cache rows and routes -> logits (n, V) of the next."""
+        """How the columns of the policy's cache rows are reordered for this stepper's cache; None: as they are."""
 
     def draw(
         self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (n, V), seeds and steps (n,) int64 -> token (n,) int64, logprob (n,) float32."""
 
+    def regroup(self, prompt_slots: list[int], prompt_lens: list[int]) -> None:
+        """Rows came, went or moved: row r reads prompt slot prompt_slots[r] of prompt_lens[r] tokens."""
 
-def decode_step(decoder: Decoder, cache: LatentCache, state: RowState, plan: AttentionPlan, sampler: Sampler) -> None:
-    """Advance the rows of `plan` by one token, in place."""
-    logits = decoder.logits(cache, state, plan)
-    tokens, logprobs = decoder.draw(sampler, logits, state.seed[: logits.shape[0]], plan.own_len)
-    state.record(plan.slot, tokens, logprobs)
+    def extra_stats(self) -> dict[str, float | int]:
+        """What else `Engine.stats` should say."""
+
+    def advance(self, steps: int, longest_own: int) -> None:
+        """`steps` decode steps of all rows, in place; longest_own: own tokens of the longest row after the first."""
+
+
+class TorchStepper:
+    """Plain torch, on any device. row_multiple: rows are padded to a multiple of this with rows that stand still."""
+
+    name = "torch"
+
+    def __init__(
+        self, policy: Any, cache: LatentCache, state: RowState, sampler: Sampler, *, positions: int, row_multiple: int
+    ) -> None:
+        self._decoder = TorchDecoder(policy, positions=positions)
+        self.derived_bytes, self.build_s = self._decoder.weights.derived_bytes, self._decoder.weights.build_s
+        self._cache, self._state, self._sampler, self._row_multiple = cache, state, sampler, row_multiple
+        self._plans = PlanBuilder(state, cache)
+
+    def column_order(self) -> torch.Tensor:
+        return self._decoder.column_order()
+
+    def draw(
+        self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return sampler(logits, seeds, steps)
+
+    def regroup(self, prompt_slots: list[int], prompt_lens: list[int]) -> None:
+        rows = len(prompt_slots)
+        padded = max(-(-rows // self._row_multiple) * self._row_multiple, ops.MIN_MATMUL_ROWS)
+        extra = min(padded, self._state.slots) - rows
+        self._plans.regroup(prompt_slots + prompt_slots[:1] * extra, prompt_lens + prompt_lens[:1] * extra)
+
+    def extra_stats(self) -> dict[str, float | int]:
+        return {}
+
+    def advance(self, steps: int, longest_own: int) -> None:
+        state = self._state
+        for longest in range(longest_own, longest_own + steps):
+            plan = self._plans.plan(longest)
+            logits = self._decoder.logits(self._cache, state, plan)
+            tokens, logprobs = self._sampler(logits, state.seed[: logits.shape[0]], plan.own_len)
+            state.record(plan.slot, tokens, logprobs)
 
 
 class TorchDecoder:
     """policy: rl.policy.model.Policy, read now; positions: longest prompt + completion."""
 
-    name = "torch"
-
     def __init__(self, policy: Any, *, positions: int) -> None:
         self.weights = build_decode_weights(policy, positions=positions)
-        self.derived_bytes, self.build_s = self.weights.derived_bytes, self.weights.build_s
 
     def column_order(self) -> torch.Tensor:
         rank, device = self.weights.latent_rank, self.weights.turns.device
@@ -69,11 +105,6 @@ class TorchDecoder:
             state.out_routes.flatten(0, 1).index_copy_(0, place, routes.to(state.out_routes.dtype))
         return F.linear(hidden, self.weights.head)
 
-    def draw(
-        self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return sampler(logits, seeds, steps)
-
 
 def hidden_states(
     weights: DecodeWeights, cache: LatentCache, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan
@@ -82,7 +113,7 @@ def hidden_states(
     cache."""
     x = F.embedding(tokens, weights.embed)
     turns = weights.turns.index_select(0, positions)
-    place = plan.slot * cache.shape.own_tokens + plan.own_len - 1
+    place = plan.own_len - 1
     used: list[torch.Tensor] = []
     for layer, own, prompt in zip(weights.layers, cache.own, cache.prompt, strict=True):
         x = _attend(x, layer, weights, own, prompt, turns, place, plan)
@@ -108,7 +139,7 @@ def _attend(
     normed = ops.rms_norm(x, layer.attention_norm.weight, layer.attention_norm.eps)
     joined = F.linear(normed, layer.joined, layer.joined_bias)
     query, latent = joined[:, : -weights.width], joined[:, -weights.width :]
-    ops.write_latent(latent, layer.latent_norm.weight, layer.latent_norm.eps, turns, own, place)
+    ops.write_latent(latent, layer.latent_norm.weight, layer.latent_norm.eps, turns, own, plan.slot, place)
     if layer.query is not None:
         assert layer.query_norm is not None
         query = F.linear(ops.rms_norm(query, layer.query_norm.weight, layer.query_norm.eps), layer.query)
@@ -134,7 +165,7 @@ def _feed_forward(x: torch.Tensor, layer: LayerWeights) -> tuple[torch.Tensor, t
     if layer.router is not None:
         assert layer.expert_gate_up is not None and layer.expert_down is not None
         chosen, mix = layer.router(normed)
-        experts = ops.experts_by_loop if x.device.type == "cpu" else ops.experts_grouped
+        experts = ops.experts_by_rows if x.device.type == "cpu" else ops.experts_grouped
         x = x + experts(normed, chosen, mix, layer.expert_gate_up, layer.expert_down)
     if layer.dense_gate_up is not None:
         assert layer.dense_down is not None

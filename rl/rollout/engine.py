@@ -24,11 +24,12 @@ import torch
 
 from rl.rollout import ops
 from rl.rollout.cache import CacheShape, LatentCache, free_memory, plan_cache
-from rl.rollout.decode import Decoder, TorchDecoder, decode_step
+from rl.rollout.decode import Stepper, TorchStepper
+from rl.rollout.kernels import unsupported
 from rl.rollout.prefill import Prefill
 from rl.rollout.sampling import Sampler
 from rl.rollout.scheduler import Row, Scheduler, Turnover
-from rl.rollout.state import FinishedRow, PlanBuilder, RowState
+from rl.rollout.state import FinishedRow, RowState
 from rl.rollout.stop_strings import StopStrings
 from rl.types import Completion, RolloutGroup, RolloutRequest, SamplingParams
 
@@ -41,7 +42,8 @@ class Engine:
     max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
     prefill_tokens: most prompt tokens in one forward. steps_per_look: decode steps between two looks of the host at
-    which rows have ended. batch_invariant: see the top of this file. `stats` describes the last `generate`.
+    which rows have ended (None: 1, and 16 where steps are captured in CUDA graphs). batch_invariant: see the top of
+    this file. `stats` describes the last `generate`.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class Engine:
         cache_bytes: int | None = None,
         decode_text: Callable[[list[int]], str] | None = None,
         prefill_tokens: int = 8192,
-        steps_per_look: int = 1,
+        steps_per_look: int | None = None,
         batch_invariant: bool = False,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1, or null for as much as fits")
+        if steps_per_look is None:
+            steps_per_look = 16 if unsupported(policy) is None else 1
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_look", steps_per_look)):
             if value < 1:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1")
@@ -69,6 +73,15 @@ class Engine:
         # For measurements with lengths drawn beforehand: (request, k) -> most tokens, at most max_completion_length.
         self.limit_of: Callable[[int, int], int] | None = None
         self.stats: dict[str, Any] = {}
+        self._keeper: Any = None
+
+    def graph_keeper(self) -> Any:
+        """What CUDA graphs of several rollouts share (`rl.rollout.cuda.GraphKeeper`), made at first use."""
+        if self._keeper is None:
+            from rl.rollout.cuda import GraphKeeper
+
+            self._keeper = GraphKeeper(self.policy.lm_head.weight.device)
+        return self._keeper
 
     @torch.no_grad()
     def generate(
@@ -103,7 +116,6 @@ class _Rollout:
             self.stop_strings = StopStrings(params.stop_strings, engine.decode_text)
         longest_prompt = max(len(request.problem.prompt_ids) for request in requests)
         limit = max(params.max_completion_length, 1)
-        self.decoder: Decoder = TorchDecoder(policy, positions=longest_prompt + limit)
         routes_shape, routes_dtype = _routes_layout(policy.config)
         # With this many rows, or a multiple, no elementwise loop ends within a row (see `ops.invariant_rows`).
         self.row_multiple = ops.invariant_rows(policy.config.n_routed_experts or 1) if engine.batch_invariant else 1
@@ -120,15 +132,15 @@ class _Rollout:
             routes_dtype=routes_dtype,
             device=self.device,
         )
+        self.stepper = self._make_stepper(longest_prompt + limit)
         self.prefill = Prefill(
             policy,
             self.cache,
-            column_order=self.decoder.column_order(),
+            column_order=self.stepper.column_order(),
             chunk_tokens=engine.prefill_tokens,
             routes_dtype=routes_dtype,
             one_by_one=engine.batch_invariant,
         )
-        self.plans = PlanBuilder(self.state, self.cache)
         self.scheduler = Scheduler(
             requests,
             slots=min(shape.slots, self._most_rows(requests)),
@@ -141,6 +153,18 @@ class _Rollout:
         self.tokens = self.steps = self.row_steps = self.max_rows = 0
         self.longest, self.shortest = 0, 1  # own tokens in the cache of the longest row; sampled tokens of the shortest
         self.prefill_s = self.decode_s = self.first_token_s = 0.0
+
+    def _make_stepper(self, positions: int) -> Stepper:
+        policy = self.engine.policy
+        if unsupported(policy) is None:
+            from rl.rollout.cuda import CudaStepper  # imports triton
+
+            return CudaStepper(
+                policy, self.cache, self.state, self.sampler, positions=positions, keeper=self.engine.graph_keeper()
+            )
+        return TorchStepper(
+            policy, self.cache, self.state, self.sampler, positions=positions, row_multiple=self.row_multiple
+        )
 
     def _cache_shape(
         self,
@@ -176,11 +200,11 @@ class _Rollout:
             self._apply(turnover)
             if not self.scheduler.rows:
                 break
+            began = time.perf_counter()
             if not (turnover.new_rows and bool(self.state.done[: len(self.scheduler.rows)].all())):
-                began = time.perf_counter()
                 self._decode()
-                self.decode_s += time.perf_counter() - began
             ended = self._look()
+            self.decode_s += time.perf_counter() - began
         self._write_stats()
         assert all(group is not None for group in self.groups)
         return [group for group in self.groups if group is not None]
@@ -199,7 +223,7 @@ class _Rollout:
             slots = self.state.start(turnover.new_rows)
             logits = self.prefill.logits.index_select(0, self.state.prompt_slot[slots])
             first = torch.zeros_like(slots)
-            tokens, logprobs = self.decoder.draw(self.sampler, logits, self.state.seed[slots], first)
+            tokens, logprobs = self.stepper.draw(self.sampler, logits, self.state.seed[slots], first)
             self.state.record(slots, tokens, logprobs)
             self.shortest = 1
             if not self.first_token_s:
@@ -207,23 +231,17 @@ class _Rollout:
         rows = self.scheduler.rows
         self.state.done[len(rows) :] = True  # vacated slots must stand still if they pad a step
         if rows and turnover.changed:
-            padded = rows + rows[:1] * (self._padded(len(rows)) - len(rows))
-            slots_of = [row.group.prompt_slot for row in padded]
-            self.plans.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in padded])
+            slots_of = [row.group.prompt_slot for row in rows]
+            self.stepper.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in rows])
             self.max_rows = max(self.max_rows, len(rows))
         if turnover.new_prompts:
             self.prefill_s += time.perf_counter() - began
 
-    def _padded(self, rows: int) -> int:
-        """How many rows a step computes for so many live ones; the others stand still."""
-        return min(max(-(-rows // self.row_multiple) * self.row_multiple, ops.MIN_MATMUL_ROWS), self.state.slots)
-
     def _decode(self) -> None:
         """steps_per_look steps, without looking at what they drew."""
         steps = min(self.engine.steps_per_look, self.state.limit - self.shortest)
-        for _ in range(steps):
-            self.longest += 1
-            decode_step(self.decoder, self.cache, self.state, self.plans.plan(self.longest), self.sampler)
+        self.stepper.advance(steps, self.longest + 1)
+        self.longest += steps
         self.steps += steps
         self.row_steps += steps * len(self.scheduler.rows)
 
@@ -270,7 +288,7 @@ class _Rollout:
     def _write_stats(self) -> None:
         seconds = time.perf_counter() - self.started
         self.engine.stats = {
-            "backend": self.decoder.name,
+            "backend": self.stepper.name,
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_s": self.tokens / seconds,
@@ -281,8 +299,9 @@ class _Rollout:
             "max_batch": self.max_rows,
             "busy_frac": self.tokens / max(self.row_steps, 1),
             "cache_bytes": self.cache.bytes,
-            "derived_bytes": self.decoder.derived_bytes,
-            "build_s": self.decoder.build_s,
+            "derived_bytes": self.stepper.derived_bytes,
+            "build_s": self.stepper.build_s,
+            **self.stepper.extra_stats(),
         }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from rl.rollout.kernels.layout import cdiv
 from rl.rollout.kernels.moe import ExpertWeights, default_tiles, gate_up_rows, grouped_experts
 from rl.rollout.kernels.norm import combine_norm
 from rl.rollout.kernels.projections import absorb, merge_and_expand
-from rl.rollout.kernels.router import route
+from rl.rollout.kernels.router import route, router_scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,6 @@ class FusedDecoder:
         self.tables = (cos.contiguous(), sin.contiguous())
         self.layers: list[_Layer] = []
         self.derived_bytes, self.build_s = 0, 0.0
-        self._second = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._allocate()
         self.refresh()
 
@@ -100,6 +98,7 @@ class FusedDecoder:
         width = config.hidden_size
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         self._hidden = empty(rows, width)
+        self._logits = empty(rows, config.vocab_size)  # outside the graphs' pool, so it goes with the rollout
         self._q = empty(rows, heads, config.cache_width)
         self._mixed = empty(rows, heads * config.v_head_dim)
         most = max(n * (prompt_splits(n, self.rows_per_tile) + own_splits(n)) for n in range(1, rows + 1))
@@ -116,6 +115,7 @@ class FusedDecoder:
             experts = config.n_routed_experts
             self.counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
             self._lists = torch.zeros(experts, rows, dtype=torch.int32, device=self.device)
+            self._router_scratch = router_scratch(rows, experts, self.device)
             self._weights = torch.zeros(rows * self._top_k, dtype=torch.float32, device=self.device)
 
     def _empty(self, *shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """own, prompt: per layer (slots, T, C + R); record: (slots, T, Lm, K) integers or None -> logits (N, V).
 
-        `counts` must be zero on entry (`rows.begin` clears it)."""
+        `counts` must be zero on entry (`rows.begin` clears it). The logits are valid until the next call."""
         num_rows = inputs.tokens.shape[0]
         x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
         hidden = self._hidden[:num_rows]
@@ -187,7 +187,7 @@ class FusedDecoder:
                 moe_index += 1
         norm = self.policy.model.norm
         combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
-        return F.linear(hidden, self.policy.lm_head.weight)
+        return torch.mm(hidden, self.policy.lm_head.weight.t(), out=self._logits[:num_rows])
 
     def _attention(
         self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, own: torch.Tensor, prompt: torch.Tensor
@@ -208,30 +208,16 @@ class FusedDecoder:
         splits, heads, latent = from_prompt + from_own, config.num_attention_heads, config.kv_lora_rank
         partial = self._partial[: num_rows * splits * heads * latent].view(num_rows, splits, heads, latent)
         lse = self._lse[: num_rows * splits * heads].view(num_rows, splits, heads)
-        with self._beside():
-            attend(
-                absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
-                first_split=0, splits=from_prompt, tiles=inputs.tiles,
-            )  # fmt: skip
+        attend(
+            absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
+            first_split=0, splits=from_prompt, tiles=inputs.tiles,
+        )  # fmt: skip
         attend(
             absorbed, own, inputs.slots, inputs.own_lengths, scale=attention.scale, out=partial, lse=lse,
             first_split=from_prompt, splits=from_own,
         )  # fmt: skip
-        self._join()
         mixed = merge_and_expand(partial, lse, kv_b, nope=nope, out=self._mixed[:num_rows])
         return F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
-
-    def _beside(self) -> AbstractContextManager[Any]:
-        """A second stream that starts where the current one stands: the two halves of attention overlap, which
-        hides the latency of whichever is short (measured in `__call__`'s graph)."""
-        if self._second is None:
-            return nullcontext()
-        self._second.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._second)
-
-    def _join(self) -> None:
-        if self._second is not None:
-            torch.cuda.current_stream().wait_stream(self._second)
 
     def _dense(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
         num_rows, width = hidden.shape[0], layer.experts.width
@@ -251,6 +237,7 @@ class FusedDecoder:
         route(
             hidden, layer.router, num_shared=layer.experts.num_shared, slots=inputs.slots, places=inputs.places,
             weights=weights, counts=counts, lists=self._lists, record=record,
+            scratch=self._router_scratch,
         )  # fmt: skip
         inner = layer.experts.width
         act = self._act[: num_rows * self._parts * inner].view(num_rows * self._parts, inner)

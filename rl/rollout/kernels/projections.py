@@ -48,8 +48,8 @@ def _absorb_kernel(
     CACHE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first programs write the cache rows of CACHE_ROWS tokens each; the others do BLOCK_M tokens of one head, BLOCK_C of
-    its latent columns (and the first of a head's programs its rotated part)."""
+    """The first programs write the cache rows of CACHE_ROWS tokens each; of the others each does BLOCK_M tokens of one head,
+    either BLOCK_C of its latent columns or its rotated part."""
     cache_programs = (num_rows + CACHE_ROWS - 1) // CACHE_ROWS
     program = tl.program_id(0)
     if program < cache_programs:
@@ -60,20 +60,21 @@ def _absorb_kernel(
         return
     program -= cache_programs
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    chunk = program % CHUNKS
-    head = (program // CHUNKS) % HEADS
-    rows = program // (CHUNKS * HEADS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunk = program % (CHUNKS + 1)
+    head = (program // (CHUNKS + 1)) % HEADS
+    rows = program // ((CHUNKS + 1) * HEADS) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
     source = q_ptr + rows.to(tl.int64)[:, None] * q_stride + head * (NOPE + R)
     target = out_ptr + (rows.to(tl.int64) * HEADS + head)[:, None] * (C + R)
-    dims = tl.arange(0, NOPE_POW2)
-    q = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < NOPE)[None, :], other=0.0)
-    wide = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    w_ptrs = kv_b_ptr + (head * (NOPE + V) + dims)[:, None] * C + wide[None, :]
-    w = tl.load(w_ptrs, mask=(dims < NOPE)[:, None] & (wide < C)[None, :], other=0.0)
-    absorbed = tl.dot(q, w, input_precision=PRECISION)
-    tl.store(target + wide[None, :], absorbed.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (wide < C)[None, :])
-    if chunk == 0:
+    if chunk < CHUNKS:
+        dims = tl.arange(0, NOPE_POW2)
+        q = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < NOPE)[None, :], other=0.0)
+        wide = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        w_ptrs = kv_b_ptr + (head * (NOPE + V) + dims)[:, None] * C + wide[None, :]
+        w = tl.load(w_ptrs, mask=(dims < NOPE)[:, None] & (wide < C)[None, :], other=0.0)
+        absorbed = tl.dot(q, w, input_precision=PRECISION).to(out_ptr.dtype.element_ty)
+        tl.store(target + wide[None, :], absorbed, mask=valid[:, None] & (wide < C)[None, :])
+    else:
         first, second = _rotated(
             source + NOPE, rows, valid, cos_ptr, sin_ptr, positions_ptr, R, HALF_POW2, INTERLEAVE
         )
@@ -206,17 +207,17 @@ def absorb(
     r = width - c
     v = kv_b.shape[0] // heads - nope
     exact = q.dtype == torch.float32
-    block = 64 if num_rows > 256 and not exact else 16
-    block_c = max(16, min(triton.next_power_of_2(c), 32 if exact else 128))
+    block = 64 if num_rows >= 128 and not exact else 16
+    block_c = max(16, min(triton.next_power_of_2(c), 32 if exact else 256 if block == 64 else 128))
     cache_rows = 4
-    grid = (cdiv(num_rows, cache_rows) + cdiv(num_rows, block) * heads * cdiv(c, block_c),)
+    grid = (cdiv(num_rows, cache_rows) + cdiv(num_rows, block) * heads * (cdiv(c, block_c) + 1),)
     _absorb_kernel[grid](
         q, kv, kv_b, kv_norm, tables[0], tables[1], positions, slots, places, out, cache,
         num_rows, q.stride(0), kv.stride(0), cache.stride(0), eps,
         HEADS=heads, NOPE=nope, NOPE_POW2=max(16, triton.next_power_of_2(nope)), V=v, C=c, R=r,
         C_POW2=triton.next_power_of_2(c), HALF_POW2=triton.next_power_of_2(r // 2), INTERLEAVE=interleave,
         BLOCK_M=block, BLOCK_C=block_c, CACHE_ROWS=cache_rows, PRECISION=dot_precision(q.dtype),
-        num_warps=4, num_stages=1,
+        num_warps=8 if block == 64 else 4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -229,10 +230,11 @@ def merge_and_expand(
     num_rows, splits, heads, c = partial.shape
     v = kv_b.shape[0] // heads - nope
     exact = partial.dtype == torch.float32
-    _merge_kernel[(cdiv(num_rows, 16), heads)](
+    block = 64 if num_rows >= 512 and not exact else 16  # taller blocks read W_UV less often
+    _merge_kernel[(cdiv(num_rows, block), heads)](
         partial, lse, kv_b, out, num_rows,
         SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope, V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
-        BLOCK_M=16, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 128)),
-        PRECISION=dot_precision(partial.dtype), num_warps=4, num_stages=2,
+        BLOCK_M=block, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
+        PRECISION=dot_precision(partial.dtype), num_warps=8 if block == 64 else 4, num_stages=2,
     )  # fmt: skip
     return out

@@ -18,6 +18,8 @@ import triton.language as tl
 
 from rl.rollout.kernels.layout import cdiv
 
+_ROWS, _PARTS = 16, 4  # rows of a program, parts of D
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _router_kernel(
@@ -30,6 +32,8 @@ def _router_kernel(
     record_ptr,
     slots_ptr,
     places_ptr,
+    partial_ptr,
+    tickets_ptr,
     num_rows,
     list_stride,
     record_slot_stride,
@@ -45,18 +49,23 @@ def _router_kernel(
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALISE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Program (i, p): the p-th part of D for BLOCK_M rows. Whoever finishes last of a block's parts adds them up and routes:
+    one multiprocessor alone would need 3 us just to read the gate matrix."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
     expert = tl.arange(0, EXPERTS_POW2)
     real = (expert < EXPERTS)[None, :]
     inner = tl.arange(0, BLOCK_K)
     logits = tl.zeros((BLOCK_M, EXPERTS_POW2), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        depth = start + inner
+    part = tl.program_id(1)
+    part_depth: tl.constexpr = (D + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
+    for start in range(0, part_depth, BLOCK_K):
+        depth = part * part_depth + start + inner
         h = tl.load(h_ptr + rows.to(tl.int64)[:, None] * D + depth[None, :],
                     mask=valid[:, None] & (depth < D)[None, :], other=0.0)  # fmt: skip
         gate = tl.load(gate_ptr + expert[:, None] * D + depth[None, :],
@@ -65,6 +74,18 @@ def _router_kernel(
             h = h.to(tl.float32)
             gate = gate.to(tl.float32)
         logits = tl.dot(h, tl.trans(gate), logits, input_precision=PRECISION)
+    if PARTS > 1:
+        block = tl.program_id(0)
+        places = rows[:, None] * EXPERTS_POW2 + expert[None, :]
+        part_size = num_rows * EXPERTS_POW2
+        tl.store(partial_ptr + part * part_size + places, logits, mask=valid[:, None])
+        tl.debug_barrier()
+        if tl.atomic_add(tickets_ptr + block, 1, sem="acq_rel") < PARTS - 1:
+            return
+        tl.store(tickets_ptr + block, 0)
+        logits = tl.zeros((BLOCK_M, EXPERTS_POW2), tl.float32)
+        for other in tl.static_range(PARTS):
+            logits += tl.load(partial_ptr + other * part_size + places, mask=valid[:, None], other=0.0, cache_modifier=".cg")
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -116,6 +137,13 @@ def _router_kernel(
     tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * SLOTS + rank, mask=listed)
 
 
+def router_scratch(max_rows: int, experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial scores and, for each block of rows, how many parts are done (0 between calls)."""
+    padded = max(16, triton.next_power_of_2(experts))
+    partial = torch.empty(_PARTS * max_rows * padded, dtype=torch.float32, device=device)
+    return partial, torch.zeros(cdiv(max_rows, _ROWS), dtype=torch.int32, device=device)
+
+
 def route(
     h: torch.Tensor,
     router: Any,
@@ -127,19 +155,22 @@ def route(
     counts: torch.Tensor,
     lists: torch.Tensor,
     record: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """router: `rl.policy.moe.Router`. counts must be 0 on entry. record: (slots, T, K) view of the route record of this
-    layer, last axis contiguous; row n writes record[slots[n], places[n]]. weights, lists: see the module."""
+    layer, last axis contiguous; row n writes record[slots[n], places[n]]. weights, lists: see the
+    module. scratch: see `router_scratch`; calls that share it must not overlap."""
     num_rows, width = h.shape
+    partial, tickets = scratch
     experts, top_k = router.num_experts, router.top_k
     exact = torch.float32 in (h.dtype, router.weight.dtype)
     limited = router.limit_groups
-    _router_kernel[(cdiv(num_rows, 16),)](
+    _router_kernel[(cdiv(num_rows, _ROWS), _PARTS)](
         h, router.weight, router.e_score_correction_bias, weights, counts, lists, record, slots, places,
-        num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
+        partial, tickets, num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
         D=width, EXPERTS=experts, EXPERTS_POW2=max(16, triton.next_power_of_2(experts)),
         TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k), SLOTS=top_k + num_shared,
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
-        BLOCK_M=16, BLOCK_K=32 if exact else 256, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+        PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip

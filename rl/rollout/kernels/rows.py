@@ -2,7 +2,7 @@
 
 `begin` turns the state (lengths, done flags) into the step's int32 indices and clears the experts' counters. `finish` ends the
 draw of `sampling.py`: it merges the chunks of each row's vocabulary, writes token and log-probability behind the row's
-outputs, counts its length up and decides whether it has ended (a stop token, or `limit` tokens). A row that had ended
+outputs, counts its length up and decides whether it has ended (a stop token, or `row_limit` tokens). A row that had ended
 before stands still; what it draws lands in the spare place behind its end, where its last step put it too.
 """
 
@@ -19,7 +19,7 @@ from rl.rollout.kernels.layout import cdiv
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Views of `rl.rollout.state.RowState`, row r in slot r. token, own_len, prompt_slot, prompt_len, seed: (S,) int64;
+    """Views of `rl.rollout.state.RowState`, row r in slot r. token, own_len, prompt_slot, prompt_len, seed, row_limit: (S,) int64;
     done: (S,) bool; out_tokens: (S, limit + 1) int64; out_logprobs: (S, limit + 1) float32; stops: (any,) int64."""
 
     token: torch.Tensor
@@ -31,6 +31,7 @@ class Rows:
     out_tokens: torch.Tensor
     out_logprobs: torch.Tensor
     stops: torch.Tensor
+    row_limit: torch.Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_counts"])
@@ -76,6 +77,7 @@ def _finish_rows_kernel(
     out_tokens_ptr,
     out_logprobs_ptr,
     stops_ptr,
+    row_limit_ptr,
     limit,
     num_stops,
     CHUNKS: tl.constexpr,
@@ -105,8 +107,8 @@ def _finish_rows_kernel(
     tl.store(out_logprobs_ptr + out, logit - top - tl.log(total))
     own = tl.where(done, own, own + 1)
     stopped = tl.sum((stops == wide).to(tl.int32), 0) > 0
-    ended = done | stopped | (own + 1 >= limit)
-    tl.store(token_ptr + row, wide)
+    ended = done | stopped | (own + 1 >= tl.load(row_limit_ptr + row))
+    tl.store(token_ptr + row, wide, mask=done == 0)
     tl.store(own_len_ptr + row, own)
     tl.store(done_ptr + row, ended.to(tl.int8))
 
@@ -131,7 +133,7 @@ def finish(rows: Rows, floats: torch.Tensor, winners: torch.Tensor) -> None:
     num_rows, chunks = winners.shape
     _finish_rows_kernel[(num_rows,)](
         floats[0], winners, floats[1], floats[2], floats[3], rows.token, rows.own_len, rows.done.view(torch.int8),
-        rows.out_tokens, rows.out_logprobs, rows.stops, rows.out_tokens.shape[1] - 1, rows.stops.numel(),
+        rows.out_tokens, rows.out_logprobs, rows.stops, rows.row_limit, rows.out_tokens.shape[1] - 1, rows.stops.numel(),
         CHUNKS=chunks, CHUNKS_POW2=triton.next_power_of_2(chunks),
         STOPS_POW2=triton.next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1,
     )  # fmt: skip

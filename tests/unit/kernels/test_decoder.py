@@ -66,7 +66,7 @@ def test_decode_equals_forward(name: str) -> None:
         )
         assert decoder.counts is not None
         decoder.counts.zero_()
-        found.append(decoder(inputs, own_cache, prompt_cache, record)[:4])
+        found.append(decoder(inputs, own_cache, prompt_cache, record)[:4].clone())
     logits = torch.stack(found, dim=1)
     for n, slot in enumerate([4, 1, 0, 2]):
         sequence = torch.cat((prompts[group_of[n]], completions[n])).to(DEVICE)

@@ -245,10 +245,13 @@ def test_router(
     record = torch.full((rows, 3, 2, top_k), 255, dtype=torch.uint8, device=DEVICE)
     places = ints([n % 3 if n != 5 else -1 for n in range(rows)])
     slots = ints([rows - 1 - n for n in range(rows)])
-    router.route(
-        h, module, num_shared=shared, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
-        record=record[:, :, 1],
-    )  # fmt: skip
+    scratch = router.router_scratch(rows + 5, experts, DEVICE)
+    for _ in range(2):  # twice: the scratch must be ready again
+        counts.zero_()
+        router.route(
+            h, module, num_shared=shared, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
+            record=record[:, :, 1], scratch=scratch,
+        )  # fmt: skip
     found = torch.stack([record[slots[n], places[n], 1].long() for n in range(rows)])
     busy = [n for n in range(rows) if n != 5]
     assert torch.equal(found[busy].sort().values, chosen[busy].sort().values)
@@ -309,7 +312,7 @@ def test_begin_and_finish_keep_the_row_state() -> None:
         token=longs([1, 1, 1, 1]), own_len=longs([0, 1, 2, 1]), prompt_slot=longs([0, 0, 1, 1]),
         prompt_len=longs([5, 5, 9, 9]), seed=longs([1, 2, 3, 4]), done=torch.tensor([False, False, False, True], device=DEVICE),
         out_tokens=torch.zeros(count, limit + 1, dtype=torch.int64, device=DEVICE),
-        out_logprobs=torch.zeros(count, limit + 1, device=DEVICE), stops=longs([7, 30]),
+        out_logprobs=torch.zeros(count, limit + 1, device=DEVICE), stops=longs([7, 30]), row_limit=longs([4, 4, 4, 4]),
     )  # fmt: skip
     counts = torch.ones(3, 700, dtype=torch.int32, device=DEVICE)
     scratch = torch.full((5, 6), -9, dtype=torch.int32, device=DEVICE)
@@ -322,7 +325,7 @@ def test_begin_and_finish_keep_the_row_state() -> None:
         logits[row, token] = 10.0
     greedy = torch.tensor([1.0, 0.0], device=DEVICE)
     rows.finish(state, *sampling.race(logits, state.seed, state.own_len, greedy, step_offset=1))
-    assert state.token.tolist() == [3, 30, 4, 9]
+    assert state.token.tolist() == [3, 30, 4, 1]
     assert state.own_len.tolist() == [1, 2, 3, 1]
     assert state.done.tolist() == [False, True, True, True]
     assert state.out_tokens.tolist() == [[0, 3, 0, 0, 0], [0, 0, 30, 0, 0], [0, 0, 0, 4, 0], [0, 0, 9, 0, 0]]

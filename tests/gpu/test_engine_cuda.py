@@ -1,0 +1,141 @@
+"""The engine on a GPU (Triton decode in CUDA graphs) against the same engine in plain torch, and against the trainer's forward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import rl.rollout.engine as engine_module
+from rl.grpo.mismatch import logprob_mismatch
+from rl.policy.config import PolicyConfig
+from rl.policy.model import Policy, init_policy
+from rl.rollout.engine import Engine
+from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if torch.cuda.is_available():
+    from rl.rollout.cuda import batch_rung
+
+
+def make_policy(dtype: torch.dtype, **changes: object) -> Policy:
+    values: dict = {
+        "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 64,
+        "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "intermediate_size": 512,
+        "n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 128, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "initializer_range": 0.06,
+    }  # fmt: skip
+    return init_policy(PolicyConfig(**(values | changes)), seed=1, dtype=dtype, device="cuda")
+
+
+def make_requests(groups: list[tuple[int, int]]) -> list[RolloutRequest]:
+    """One request per (prompt tokens, rows)."""
+    generator = torch.Generator().manual_seed(0)
+    requests = []
+    for i, (length, rows) in enumerate(groups):
+        ids = torch.randint(0, 1000, (length,), generator=generator).tolist()
+        requests.append(RolloutRequest(Problem(str(i), "", tuple(ids)), tuple(range(100 * i, 100 * i + rows))))
+    return requests
+
+
+def tokens_of(groups: list[RolloutGroup]) -> list[list[int]]:
+    return [completion.token_ids for group in groups for completion in group.completions]
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(engine_module, "unsupported", lambda policy: "the reference is wanted")
+
+
+RAGGED = [(1, 3), (33, 1), (7, 8), (64, 5), (50, 6), (2, 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": 48, "n_group": 4, "topk_group": 2}, {"n_routed_experts": None, "n_shared_experts": 0}],
+    ids=["plain", "v3", "dense"],
+)
+def test_fp32_tokens_equal_plain_torch(
+    in_torch: Callable[[], None], temperature: float, changes: dict[str, object]
+) -> None:
+    policy = make_policy(torch.float32, **changes)
+    params = SamplingParams(70, stop_token_ids=(3, 17), temperature=temperature)
+    found = Engine(policy).generate(make_requests(RAGGED), params)
+    few = Engine(policy, max_batch_size=7, steps_per_look=3).generate(make_requests(RAGGED), params)
+    in_torch()
+    engine = Engine(policy)
+    expected = engine.generate(make_requests(RAGGED), params)
+    assert engine.stats["backend"] == "torch"
+    assert tokens_of(found) == tokens_of(expected) == tokens_of(few)
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one.completions, other.completions, strict=True):
+            assert (a.logprobs - b.logprobs).abs().max() < 1e-4
+            assert a.finish_reason == b.finish_reason
+            if a.routes is not None and b.routes is not None:
+                assert torch.equal(a.routes.sort(-1).values, b.routes.sort(-1).values)
+
+
+@torch.no_grad()
+def trainer_logprobs(policy: Policy, group: RolloutGroup, k: int, *, replay: bool) -> torch.Tensor:
+    completion, prompt = group.completions[k], list(group.problem.prompt_ids)
+    sequence = torch.tensor(prompt + completion.token_ids, device="cuda")
+    routes = None
+    if replay:
+        assert group.prompt_routes is not None and completion.routes is not None
+        last = completion.routes[-1:] if len(completion.routes) else group.prompt_routes[-1:]
+        routes = torch.cat((group.prompt_routes, completion.routes, last)).cuda().long()
+    ends = torch.tensor([0, len(sequence)], dtype=torch.int32, device="cuda")
+    hidden = policy(sequence, ends, len(sequence), routes=routes).hidden[len(prompt) - 1 : -1]
+    logprobs = policy.lm_head(hidden).float().log_softmax(-1)
+    return logprobs.gather(1, sequence[len(prompt) :, None])[:, 0].cpu()
+
+
+def test_bf16_logprobs_are_the_trainers_with_replayed_routes() -> None:
+    policy = make_policy(torch.bfloat16)
+    groups = Engine(policy).generate(make_requests(RAGGED), SamplingParams(64))
+    sums = {"mismatch_kl_sum": 0.0, "mismatch_abs_sum": 0.0, "mismatch_tokens": 0.0}
+    for group in groups:
+        for k, completion in enumerate(group.completions):
+            trainer = trainer_logprobs(policy, group, k, replay=True)
+            found = logprob_mismatch(completion.logprobs, trainer, torch.ones_like(trainer))
+            sums = {key: value + float(found[key]) for key, value in sums.items()}
+    assert sums["mismatch_abs_sum"] / sums["mismatch_tokens"] < 1e-2
+    assert sums["mismatch_kl_sum"] / sums["mismatch_tokens"] < 1e-3
+
+
+def test_same_seeds_same_tokens_and_graphs_follow_an_update() -> None:
+    policy = make_policy(torch.bfloat16)
+    engine = Engine(policy)
+    first = tokens_of(engine.generate(make_requests(RAGGED), SamplingParams(40)))
+    assert tokens_of(engine.generate(make_requests(RAGGED), SamplingParams(40))) == first
+    with torch.no_grad():
+        policy.model.layers[2].self_attn.q_proj.weight.add_(0.05)
+    changed = tokens_of(engine.generate(make_requests(RAGGED), SamplingParams(40)))
+    assert changed != first
+    assert changed == tokens_of(Engine(policy).generate(make_requests(RAGGED), SamplingParams(40)))
+
+
+def test_truncated_sampling_and_a_small_budget() -> None:
+    policy = make_policy(torch.float32)
+    params = SamplingParams(30, temperature=0.8, top_p=0.9, top_k=50, min_p=0.01)
+    everything = Engine(policy).generate(make_requests(RAGGED), params)
+    small = Engine(policy, cache_bytes=600_000)
+    assert tokens_of(small.generate(make_requests(RAGGED), params)) == tokens_of(everything)
+    assert small.stats["max_batch"] < 24
+
+
+def test_memory_does_not_grow_from_rollout_to_rollout() -> None:
+    engine = Engine(make_policy(torch.bfloat16))
+    held = []
+    for _ in range(4):
+        engine.generate(make_requests(RAGGED), SamplingParams(20))
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] == held[1]
+
+
+def test_ladder_by_hand() -> None:
+    assert [batch_rung(n, 1000) for n in (1, 3, 8, 9, 10, 17, 33, 65, 100, 256, 257)] == [
+        1, 4, 8, 10, 10, 20, 40, 80, 112, 256, 320,
+    ]  # fmt: skip
+    assert batch_rung(65, 70) == 70
