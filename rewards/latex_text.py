@@ -73,6 +73,7 @@ _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
 _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
+_TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
 _EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
 _DOUBLED = re.compile(
@@ -143,7 +144,7 @@ def clean_math(text: str) -> str:
     text = _WRAPPERS.sub("", text)
     text = _SPACING.sub(" ", text.replace("\\!", ""))
     text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", text))
-    text = strip_edges(" ".join(text.split()))
+    text = _TO_RATIO.sub(r"\1:\2", strip_edges(" ".join(text.split())))
     text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
     return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
 
@@ -168,5 +169,5 @@ def plain_words(text: str) -> str:
     text = plain_letters(text).casefold()
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     text = re.sub(r"(?<=\d)\s+(?=[ap]m\b)", "", text)
-    text = text.strip(" \t\n\r\"'`*.,;:" + ("" if any(map(str.isdigit, text)) else "!?"))
+    text = text.lstrip(" \t\n\r\"'`*").rstrip(" \t\n\r\"'`*.,;:" + ("" if any(map(str.isdigit, text)) else "!?"))
     return " ".join(word for word in re.split(r"\s+", text) if word not in ("the", "a", "an"))

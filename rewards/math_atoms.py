@@ -27,6 +27,7 @@ class AtomParser(ABC):
         self.at = 0
         self.depth = 0
         self.bars = 0
+        self.in_set = False
 
     def peek(self, ahead: int = 0) -> Token:
         index = self.at + ahead
@@ -170,15 +171,16 @@ class AtomParser(ABC):
             return Node("set")
         if opening == "{" and self.accept("}"):
             return Node("text")
-        bars, self.bars = self.bars, 0
+        outside = self.bars, self.in_set
+        self.bars, self.in_set = 0, opening == "\\{"
         inner = self.parse_list()
-        if opening == "\\{" and self.accept("|", ":"):
-            inner = self.parse_list()
-            self.bars = bars
-            self.expect("\\}")
-            return inner
+        built = opening == "\\{" and self.accept("|", ":") is not None
+        if built:
+            inner = self.parse_list()  # `\\{x : x > 1\\}` is the set of its condition
         closing = self.expect(*_CLOSING[opening]).text
-        self.bars = bars
+        self.bars, self.in_set = outside
+        if built:
+            return inner
         items = inner.args if inner.kind == "list" else (inner,)
         if opening == "\\{":
             return Node("set", items)
@@ -272,6 +274,7 @@ class AtomParser(ABC):
         while not self.accept("end"):
             if self.accept("\\\\"):
                 rows.append([])
+                self._skip_row_space()
             elif not self.accept("&"):
                 rows[-1].append(self.parse_relation())
         self.argument_text()
@@ -280,6 +283,11 @@ class AtomParser(ABC):
             raise MathSyntaxError("a matrix needs rows of equal length")
         kind: NodeKind = "opaque" if name in ("vmatrix", "Vmatrix") else "matrix"
         return Node(kind, tuple(Node("group", tuple(row)) for row in filled), "det" if kind == "opaque" else "")
+
+    def _skip_row_space(self) -> None:
+        """The `[4pt]` behind a row."""
+        if self.peek().text == "[" and self.peek(1).kind == "number" and self.peek(3).text == "]":
+            self.at += 4
 
     def _end_environment(self) -> None:
         self.expect("end")

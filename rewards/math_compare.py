@@ -67,6 +67,7 @@ def compare_texts(gold: str, answer: str) -> Match:
             return shortcut
     except HostileText as error:
         return Match(False, str(error))
+    gold, answer = _spelled_set(gold), _spelled_set(answer)
     try:
         gold_tree = parse_math(gold)
     except MathSyntaxError:
@@ -77,6 +78,10 @@ def compare_texts(gold: str, answer: str) -> Match:
         plain = exact_value(gold_tree) is not None or not _looks_mathematical(answer)
         return Match(False, "answer is no expression", decided=plain)
     return compare_trees(gold_tree, answer_tree)
+
+
+def _spelled_set(text: str) -> str:
+    return "\\mathbb{R}" if plain_words(text) in ("all real numbers", "all reals", "real numbers") else text
 
 
 def _looks_mathematical(text: str) -> bool:
@@ -109,7 +114,7 @@ def _same(gold: Node, answer: Node) -> str | None:
     answer_unit, answer = _split_unit(answer)
     if units_conflict(gold_unit, answer_unit):
         return None
-    gold, answer = _expand_signs(gold), _expand_signs(answer)
+    gold, answer = _expand_chain(_expand_signs(_ascending(gold))), _expand_chain(_expand_signs(_ascending(answer)))
     for rule in (_same_relation, _same_text, _same_ratio, _same_base, _same_matrix, _same_collection):
         verdict = rule(gold, answer)
         if verdict is not None:
@@ -129,6 +134,27 @@ def _split_unit(node: Node) -> tuple[str, Node]:
         unit, last = _split_unit(node.args[-1])
         return unit, Node("relation", (*node.args[:-1], last), node.text)
     return "", node
+
+
+def _ascending(node: Node) -> Node:
+    """`3 > x > 1` as `1 < x < 3`."""
+    signs = node.text.split() if node.kind == "relation" else []
+    if not signs or not set(signs) <= {">", ">="}:
+        return node
+    flipped = " ".join({">": "<", ">=": "<="}[sign] for sign in reversed(signs))
+    return Node("relation", tuple(reversed(node.args)), flipped)
+
+
+def _expand_chain(node: Node) -> Node:
+    """`x = y = z = 1` as a list of three equations."""
+    names = node.args[:-1] if node.kind == "relation" and set(node.text.split()) == {"="} else ()
+    if (
+        len(names) < 2
+        or any(name.kind != "symbol" for name in names)
+        or len({name.text for name in names}) < len(names)
+    ):
+        return node
+    return Node("list", tuple(Node("relation", (name, node.args[-1]), "=") for name in names), "and")
 
 
 # Signs: a \pm b stands for two values.
@@ -257,6 +283,8 @@ def _same_relation(gold: Node, answer: Node) -> str | None:
     if answer.kind != "relation":
         return _relation_against_value(gold, answer)
     gold_label, answer_label = _label(gold), _label(answer)
+    answer = _rename_variable(gold, answer)
+    answer_label = _label(answer)
     if gold_label and answer_label:
         if gold_label == answer_label or _both_name_a_function(gold.args[0], answer.args[0]):
             return _same(gold.args[-1], answer.args[-1]) or ""
@@ -308,6 +336,24 @@ def _label(relation: Node) -> str:
     if relation.kind != "relation" or set(relation.text.split()) - {"="} or not _is_name(relation.args[0]):
         return ""
     return canonical(relation.args[0])
+
+
+def _rename_variable(gold: Node, answer: Node) -> Node:
+    """`f(n) = 2n` for the reference `f(x) = 2x`: the variable of a function may have any name."""
+    left, right = gold.args[0], answer.args[0]
+    if not (left.kind == right.kind == "opaque" and left.text == right.text and len(left.args) == len(right.args) == 1):
+        return answer
+    old, new = right.args[0], left.args[0]
+    if old.kind != "symbol" or new.kind != "symbol" or new.text in free_symbols(answer):
+        return answer
+    return _replace(answer, old, new)
+
+
+def _replace(node: Node, old: Node, new: Node) -> Node:
+    if node == old:
+        return new
+    args = tuple(_replace(arg, old, new) for arg in node.args)
+    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
 
 
 def _both_name_a_function(left: Node, right: Node) -> bool:

@@ -17,6 +17,8 @@ def matrix_entries(node: Node) -> list[list[Node]] | None:
         return [list(row.args) for row in node.args]
     if node.kind == "neg" and (inner := matrix_entries(node.args[0])) is not None:
         return [[Node("neg", (entry,)) for entry in row] for row in inner]
+    if node.kind == "pow" and node.args[1].text == "T" and (inner := matrix_entries(node.args[0])) is not None:
+        return [list(column) for column in zip(*inner, strict=True)]
     if node.kind not in ("add", "mul"):
         return None
     result: list[list[Node]] | None = None

@@ -84,8 +84,10 @@ class _Parser(AtomParser):
             rows[-1].append(self.parse_relation())
         self.depth -= 1
         word = "or" if "or" in separators else "and" if "and" in separators else ","
+        if len(rows) == 1 and len(rows[0]) == 1:
+            return Node("div", (rows[0][0], self.parse_list())) if self.accept("over") else rows[0][0]
         if len(rows) == 1:
-            return rows[0][0] if len(rows[0]) == 1 else Node("list", tuple(rows[0]), word)
+            return Node("list", tuple(rows[0]), word)
         grouped = any(len(row) > 1 for row in rows)
         items = [Node("group", tuple(row)) if grouped else row[0] for row in rows]
         return Node("list", tuple(items), ";")
@@ -110,7 +112,7 @@ class _Parser(AtomParser):
                 self.at += 1
                 signs.append(_RELATIONS[token.text])
                 items.append(self.parse_union())
-            elif token.kind == "op" and token.text == ":" and self.peek(1).kind != "end":
+            elif token.text == ":" and not self.in_set and self.peek(1).kind != "end":
                 self.at += 1
                 items.append(Node("ratio", (items.pop(), self.parse_union())))
             else:

@@ -31,7 +31,7 @@ GREEK = name_set(
 )
 # Commands that the parser knows by name.
 SYNTAX = name_set(
-    "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee "
+    "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee over "
     "equiv sim notin rightarrow Rightarrow Leftrightarrow sum prod int lim mathbb lfloor rfloor lceil rceil "
     "overline bar vec hat prime cong langle rangle angle triangle forall exists subset subseteq neg bmod pmod mod "
     "perp parallel tilde widehat overrightarrow"
@@ -164,7 +164,7 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
         return [Token("command", "sqrt", spaced)] if word == "sqrt" else [Token("function", word, spaced)]
     if lower in ("union", "cup"):
         return [Token("command", "cup", spaced)]
-    if lower in SMALL_WORDS:
+    if lower in SMALL_WORDS or (lower in UNIT_LIKE and after.text in (".", "/")):
         return [Token("word", word, spaced)]
     is_unit = after.kind == "number" and (spaced or lower in UNIT_LIKE)
     if len(word) <= 3 and word.isascii() and after.kind != "word" and not is_unit:
@@ -174,7 +174,7 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
 
 # Short unit names that may stand right behind a number without a blank (`5cm`), where `5ab` is a product.
 UNIT_LIKE = name_set(
-    "cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw"
+    "pt em cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw"
 )
 # Short words of ordinary English that are never a product of variables.
 SMALL_WORDS = name_set(

@@ -28,15 +28,11 @@ _UNIT = {
 
 def known_unit(text: str) -> str:
     """A key of the unit named in `text` (powers and `square` included), '' when there is no known unit."""
-    lowered = text.lower().replace("a.m", "am").replace("p.m", "pm").replace("{", "").replace("}", "")
+    lowered = text.lower().replace("a.m", "am").replace("p.m", "pm")
+    for short, long in (("mph", "miles / hour"), ("kph", "km / h"), ("kmh", "km / h"), ("{", ""), ("}", "")):
+        lowered = lowered.replace(short, long)
     keys = [str(_UNIT[word]) for word in re.findall(r"[a-z]+", lowered) if word in _UNIT]
-    power = (
-        "2"
-        if "^2" in lowered or "square" in lowered or "sq" in lowered
-        else "3"
-        if "^3" in lowered or "cubic" in lowered
-        else ""
-    )
+    power = "3" if re.search(r"\^3|cubic", lowered) else "2" if re.search(r"\^2|sq", lowered) else ""
     return "/".join(keys) + "^" + power if keys else ""
 
 
