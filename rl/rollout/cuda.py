@@ -1,12 +1,13 @@
 """Decode on a GPU: the Triton decode step captured in CUDA graphs, one for each size of a ladder of batches.
 
-In: the policy, the rollout's cache and row state. `advance(steps)` replays the graph of the smallest rung that holds the live
-rows; sampling, log-probabilities, stop tokens and length limits are part of it, so the host neither waits nor looks between
-steps. Rows beyond the live ones, and rows that have ended, stand still: they join no expert's list and read no cache
-of their own. What a graph reads from the host's side (who shares a prompt) is a device table that `regroup` rewrites.
+In: the policy, the rollout's cache and row state. `advance(steps)` replays the graph of the smallest rung that holds
+the live rows; sampling, log-probabilities, stop tokens and length limits are part of it, so the host neither waits
+nor looks between steps. Rows beyond the live ones, and rows that have ended, stand still: they join no expert's list
+and read no cache of their own. What a graph reads from the host's side (who shares a prompt) is a device table that
+`regroup` rewrites.
 
-Graphs belong to one rollout, since cache and state are given back after it; capturing one takes 10 to 30 ms. Kernels are
-compiled before the first capture of a size by a step in which every row stands still.
+Graphs belong to one rollout, since cache and state are given back after it; capturing one takes 10 to 30 ms. Kernels
+are compiled before the first capture of a size by a step in which every row stands still.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from rl.rollout.state import RowState
 
 
 class GraphKeeper:
-    """What outlives a rollout: the memory pool that captured graphs draw their few temporaries from (an empty graph holds it,
-    so that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
+    """What outlives a rollout: the memory pool that captured graphs draw their few temporaries from (an empty graph
+    holds it, so that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
 
     def __init__(self, device: torch.device) -> None:
         self.warmed: set[tuple[int, ...]] = set()
@@ -169,8 +170,8 @@ def sampling_switches(sampler: Sampler) -> torch.Tensor:
 
 
 def batch_rung(rows: int, most: int) -> int:
-    """The ladder of captured batch sizes: 1, 2, 4, 8, then steps of a quarter of the power of two below (10, 12, 14, 16, 20,
-    ...), so that padding costs at most a fifth; never above `most`."""
+    """The ladder of captured batch sizes: 1, 2, 4, 8, then steps of a quarter of the power of two below (10, 12, 14,
+    16, 20, ...), so that padding costs at most a fifth; never above `most`."""
     if rows <= 8:
         rung = 1 << max(rows - 1, 0).bit_length()
     else:

@@ -11,6 +11,7 @@ same bits for every row count >= 4 (measured with MKL on AVX-512), but others be
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,14 +72,20 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> None:
 
 
 def write_latent(
-    latent: torch.Tensor, weight: torch.Tensor, eps: float, turns: torch.Tensor, own: torch.Tensor, place: torch.Tensor
+    latent: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    turns: torch.Tensor,
+    own: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
 ) -> None:
     """latent (N, C+R) as projected: normalise its first C = len(weight) columns, rotate the rest, and store it in the
-    cache own (S, T, C+R) at the flat places (N,) = slot * T + position. `latent` is overwritten."""
+    cache own (S, T, C+R) at slots (N,), positions (N,). `latent` is overwritten."""
     rank = weight.shape[0]
     latent[:, :rank] = rms_norm(latent[:, :rank], weight, eps)
     rotate(latent[:, rank:], turns)
-    own.view(-1, own.shape[-1]).index_copy_(0, place, latent)
+    own.index_put_((slots, positions), latent)
 
 
 def attention(
@@ -121,42 +128,56 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-def experts_by_loop(
+def experts_by_rows(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """The routed experts' output: x (N, D), experts (N, K) int64, weights (N, K) fp32, gate_up (E, 2I, D), down (E,
-    D, I).
+    D, I). For CPU: reads the experts' counts on the host.
 
-    Tokens are sorted by expert, then one matmul per expert that has any. An expert with fewer than four tokens computes
-    four rows (those of the next expert, or padding), and the next expert overwrites the surplus.
+    Tokens are sorted by expert, then one matmul per expert that has any (grouped_mm is that loop without Python). Where
+    an expert has fewer than four tokens the loop is ours, and computes four rows (those of the next expert, or
+    padding); the next expert overwrites the surplus.
     """
     tokens, k = experts.shape
-    order = experts.view(-1).argsort(stable=True)
-    counts = torch.bincount(experts.view(-1), minlength=gate_up.shape[0]).tolist()
-    source = order // k
-    inputs = F.pad(x.index_select(0, source), (0, 0, 0, MIN_MATMUL_ROWS))
-    hidden = x.new_empty(inputs.shape[0], gate_up.shape[1])
-    outputs = torch.empty_like(inputs)
-    spans, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, start, start + max(count, MIN_MATMUL_ROWS)))
-            start += count
-    for expert, start, stop in spans:
-        torch.mm(inputs[start:stop], gate_up[expert].t(), out=hidden[start:stop])
-    hidden = silu_mul(hidden)
-    for expert, start, stop in spans:
-        torch.mm(hidden[start:stop], down[expert].t(), out=outputs[start:stop])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0], device=order.device)
-    chosen = outputs.index_select(0, back).view(tokens, k, -1)
-    return torch.bmm(weights.to(x.dtype)[:, None], chosen).squeeze(1)
+    chosen = experts.view(-1)
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=gate_up.shape[0])
+    inputs = x.new_empty(tokens * k + MIN_MATMUL_ROWS, x.shape[1])
+    torch.index_select(x, 0, order // k, out=inputs[: tokens * k])
+    sizes = counts.tolist()
+    if min(size for size in sizes if size) >= MIN_MATMUL_ROWS:
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        hidden = silu_mul(F.grouped_mm(inputs[: tokens * k], gate_up.transpose(1, 2), offs=offsets))
+        outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
+    else:
+        inputs[tokens * k :] = 0
+        outputs = _few_rows(_few_rows(inputs, gate_up, sizes, then=silu_mul), down, sizes)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    parts = outputs.index_select(0, back).view(tokens, k, -1)
+    return torch.bmm(weights.to(x.dtype)[:, None], parts).squeeze(1)
+
+
+def _few_rows(
+    rows: torch.Tensor,
+    matrices: torch.Tensor,
+    sizes: list[int],
+    then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """rows (M + 4, in), sorted by expert -> (M + 4, out), each expert's rows by its matrix (E, out, in)."""
+    out = rows.new_empty(rows.shape[0], matrices.shape[1])
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size:
+            stop = start + max(size, MIN_MATMUL_ROWS)
+            torch.mm(rows[start:stop], matrices[expert].t(), out=out[start:stop])
+            start += size
+    return out if then is None else then(out)
 
 
 def experts_grouped(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """As `experts_by_loop`, through grouped_mm and without any host-side count (for CUDA)."""
+    """As `experts_by_rows`, through grouped_mm and without any host-side count (for CUDA)."""
     tokens, k = experts.shape
     ordered, order = experts.view(-1).sort(stable=True)
     bounds = torch.arange(gate_up.shape[0], device=x.device)

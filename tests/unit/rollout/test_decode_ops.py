@@ -26,7 +26,7 @@ def test_experts_equal_the_reference(tokens: int, spread: str) -> None:
     elif spread == "first and last":
         experts = torch.tensor([0, 5]).repeat(tokens, 1)
     expected = experts_reference(x, experts, weights, gate_up, down)
-    torch.testing.assert_close(ops.experts_by_loop(x, experts, weights, gate_up, down), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.experts_by_rows(x, experts, weights, gate_up, down), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ops.experts_grouped(x, experts, weights, gate_up, down), expected, rtol=1e-5, atol=1e-5)
 
 

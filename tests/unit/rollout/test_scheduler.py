@@ -115,11 +115,11 @@ def test_every_row_runs_once_and_slots_are_never_shared(seed: int) -> None:
 def test_the_cache_plan_fills_the_budget() -> None:
     def plan(budget: int, rows: int = 64, row_multiple: int = 1) -> CacheShape:
         return plan_cache(
-            requests=8, group=8, rows=rows, own_tokens=10, prompt_tokens=33, token_bytes=4, row_bytes=20,
+            requests=8, group=8, rows=rows, own_tokens=10, prompt_tokens=49, token_bytes=4, row_bytes=20,
             prompt_bytes=44, budget=budget, row_multiple=row_multiple,
         )  # fmt: skip
 
-    # A row takes 10 * 4 + 20 = 60, a prompt 64 * 4 + 44 = 300 (33 rounds up to 64).
+    # A row takes 10 * 4 + 20 = 60, a prompt 64 * 4 + 44 = 300 (49 rounds up to 64).
     assert plan(10**9) == CacheShape(64, 8, 10, 64)
     assert plan(64 * 60 + 8 * 300) == CacheShape(64, 8, 10, 64)
     assert plan(64 * 60 + 8 * 300 - 1).slots < 64
