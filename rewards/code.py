@@ -1,7 +1,7 @@
 """Rewards for programs: `code` runs the tests of a row, `code_format` looks at the form only.
 
 In: completions, and the dataset column `tests` in one of the forms of `rewards.code_tests`. Out: `Score`s. The program
-is taken from the answer block: its last fenced block marked python, py or nothing, else the whole block. It runs in a
+is taken from the answer block: its one fenced block marked python, py or nothing, else the whole block. It runs in a
 sandbox (`rewards.sandbox`); on a machine where nothing isolates, RuntimeError says so and nothing is run.
 """
 
@@ -128,6 +128,8 @@ def extract_program(text: str, *, tagged: bool) -> tuple[str | None, str]:
     else:
         text = text.rpartition("</think>")[2]
     programs = [body for language, body in fenced_blocks(text) if language in _PYTHON]
+    if tagged and len(programs) > 1:
+        return None, f"{len(programs)} programs in the answer"
     if programs:
         return programs[-1], ""
     if not tagged or _FENCE in text:

@@ -223,7 +223,9 @@ def test_rows_without_tests_or_program(pool: VerifierPool) -> None:
     ("text", "is_tagged", "program"),
     [
         ("<answer>```python\nx\n```</answer>", True, "x\n"),
-        ("<answer>```py\nx\n```\ntext\n```\ny\n```</answer>", True, "y\n"),
+        ("<answer>```py\nx\n```\ntext\n```\ny\n```</answer>", True, None),
+        ("<answer>text\n```py\nx\n```\n```text\ny\n```</answer>", True, "x\n"),
+        ("```py\nx\n```\ntext\n```\ny\n```", False, "y\n"),
         ("<answer>print(1)</answer>", True, "print(1)"),
         ("<answer>```cpp\nx\n```</answer>", True, None),
         ("<think>```python\nx\n```</think>no", True, None),
