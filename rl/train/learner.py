@@ -177,6 +177,9 @@ class Learner:
         config["train_micro_batch_size_per_gpu"] = 1  # no dataloader to read it from; rows are packed by tokens
         config["gradient_accumulation_steps"] = 1  # the boundary is set by hand
         config["steps_per_print"] = float("inf")
+        if self.accelerator.mixed_precision == "bf16":
+            # Sums of many micro-batches lose their small terms in bf16.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         # Stage 0 in fp32 clips without telling the norm and has no guard against NaN: `_finish_step` does both itself.
         config["gradient_clipping"] = 0.0 if self.stage == 0 else float(self.section.max_grad_norm or 0.0)
         if self.stage == 3 and leaves:

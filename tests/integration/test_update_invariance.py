@@ -70,6 +70,7 @@ def test_same_step_everywhere(
     expected = baseline(baselines, launch, tmp_path, how["loss"])
     found = run_worker(launch, tmp_path / "case", **how)
     assert found["resumed_exactly"], "a step repeated after a return to the checkpoint differs from the first time"
+    assert found["guarded"], "a NaN loss moved the weights, went unsaid, or spoilt the next step"
     assert found["tokens"] == expected["tokens"]
     # Weights are of size 0.1 to 1 and move by about 0.1: fp32 rounding, measured at most 4e-7.
     assert largest_difference(found["weights"], expected["weights"]) < 5e-6
@@ -83,5 +84,6 @@ def test_bfloat16_agrees_between_stages(launch: Callable[..., str], tmp_path: Pa
     two = run_worker(launch, tmp_path / "two", dtype="bfloat16", config="zero2.yaml", processes=2)
     three = run_worker(launch, tmp_path / "three", dtype="bfloat16", config="zero3.yaml", processes=2)
     assert two["resumed_exactly"] and three["resumed_exactly"]
+    assert two["guarded"] and three["guarded"]
     assert largest_difference(two["weights"], three["weights"]) < 2e-2
     assert three["metrics"][1]["loss"] == pytest.approx(two["metrics"][1]["loss"], rel=0.05, abs=0.01)

@@ -19,9 +19,10 @@ from rl.policy.config import PolicyConfig
 from rl.policy.model import init_policy, moe_leaf_classes
 from rl.rollout.engine import Engine
 from rl.train.balance import update_router_biases
+from rl.train.batching import MicroBatch, pack_rows
 from rl.train.experience import Experience, RowRecord
 from rl.train.keeping import Keeper
-from rl.train.learner import Learner, make_accelerator
+from rl.train.learner import Learner, Scored, make_accelerator
 from rl.train.update import GRPOUpdate
 from rl.types import Completion, Problem, RolloutGroup, RolloutRequest, SamplingParams
 
@@ -105,6 +106,30 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().float().clone() for name, tensor in policy.state_dict().items()}
 
 
+def survives_nan(learner: Learner) -> bool:
+    """A loss that is not a number leaves the weights alone and says so, and the next step is a step again."""
+    [batch] = pack_rows(make_experience(0).rows(mask_truncated=False, replay_routes=True)[:3], max_tokens=10_000)
+
+    def broken(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return scored.logprobs.sum() * float("nan"), {}
+
+    def sound(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -scored.logprobs.sum(), {}
+
+    before = weights_of(learner)
+    result = learner.step([batch], broken, divisor=1.0, step=50)
+    after = weights_of(learner)
+    next_result = learner.step([batch], sound, divisor=10.0, step=51)
+    moved = weights_of(learner)
+    return (
+        result.skipped
+        and all(torch.equal(before[name], after[name]) for name in before)
+        and not next_result.skipped
+        and not all(torch.equal(before[name], moved[name]) for name in before)
+        and all(bool(torch.isfinite(value).all()) for value in moved.values())
+    )
+
+
 def main() -> None:
     out, scratch, micro_batch_tokens, dtype_name, loss_type = sys.argv[1:]
     torch.set_num_threads(1)
@@ -149,6 +174,7 @@ def main() -> None:
     again = weights_of(learner)
     same = all(torch.equal(after[name], again[name]) for name in after)
     resumed_exactly = all(gather_objects(same and again_metrics == metrics[1]))
+    guarded = all(gather_objects(survives_nan(learner)))
     if rank() == 0:
         torch.save(
             {
@@ -156,6 +182,7 @@ def main() -> None:
                 "weights": after,
                 "tokens": tokens,
                 "resumed_exactly": resumed_exactly,
+                "guarded": guarded,
                 "stage": learner.stage,
             },
             out,
