@@ -67,7 +67,7 @@ _SENTENCES = re.compile(
     r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!Dr\.)(?<!St\.)\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+"
 )
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d_#.,])(?:(?<=[^\d\s)\]}])-|(?<=\s)-(?=\S)|\A-)?[$€£¥]?\s?"
+    r"(?<![A-Za-z\d_#.,^])(?:(?<=[^\d\s)\]}])-|(?<=\s)-(?=\S)|\A-)?[$€£¥]?\s?"
     r"(?:\\[dt]?frac\s?\{[^{}]{1,60}\}\s?\{[^{}]{1,60}\}|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
     r"(?:\s?\\?%)?"
 )
@@ -280,6 +280,8 @@ def _is_mathematics(node: Node) -> bool:
         words = node.text.lower().split()
         unit_like = len(words) <= 6 and not any(word[0].isdigit() or word in _SENTENCE_WORDS for word in words)
         return unit_like and node.args[0].kind != "symbol" and _is_mathematics(node.args[0])
+    if node.kind == "mul" and any(arg.kind == "unit" for arg in node.args[:-1]):
+        return False  # `15 apples (3 * 5)`
     if node.kind == "relation":
         named = node.args[0].kind in ("text", "unit")
         return all(_is_mathematics(arg) for arg in (node.args[1:] if named else node.args))
@@ -292,6 +294,9 @@ def _phrase(phrase: str, *, strict: bool) -> str | None:
     phrase = strip_edges(phrase if strict else _REJECTED.sub("", phrase))
     if not phrase or is_direct(phrase):
         return phrase or None
+    bare = re.sub(r"\s*\([^()]*\)\Z", "", phrase)
+    if not strict and bare and is_direct(bare):
+        return bare  # `15 apples (3 * 5)`
     spelled = number_from_words(phrase)
     if spelled is not None:
         return str(spelled)
@@ -312,7 +317,9 @@ def _phrase(phrase: str, *, strict: bool) -> str | None:
 
 
 def _formulas(text: str) -> list[Span]:
-    return [Span(match.start(), match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
+    """Formulas in running text; `cm$^2$` is no formula."""
+    spans = (Span(match.start(), match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text))
+    return [span for span in spans if not span.content.startswith(("^", "_"))]
 
 
 def _behind_connective(phrase: str) -> str | None:
@@ -346,18 +353,18 @@ def _last_sentence(text: str) -> Extraction:
     result = _last_result(text)
     prose = _CODE.sub(" ", text[-4 * MAX_ANSWER_CHARS :])
     prose = re.sub(r"```(?:output)?", "\n", prose)
-    displays = list(_MATH.finditer(prose))
+    formulas = _formulas(prose)
     sentences = [piece for piece in _SENTENCES.split(prose) if piece and piece.strip()]
     tail = prose.rstrip(" .\n")
-    if displays and displays[-1].end() >= len(tail):
-        content = next(filter(None, displays[-1].groups()))
-        return Extraction(_right_side(content), "last formula")
+    if formulas and formulas[-1].end >= len(tail):
+        return Extraction(_right_side(", ".join(_last_cluster(prose, formulas))), "last formula")
     for sentence in reversed(sentences[-4:]):
         answer = _sentence_answer(sentence.strip(), result)
         if answer is not None:
             return Extraction(answer, "last sentence")
-    if len(text.split()) <= 6:
-        return Extraction(text, "whole text")
+    if len(text.split()) <= 8:
+        behind = re.search(r"\b(?:is|are|be)\s+(.{1,40})\Z", strip_edges(text))
+        return Extraction(behind.group(1) if behind else text, "whole text")
     return Extraction(None, "no final answer found")
 
 

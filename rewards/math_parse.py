@@ -249,7 +249,7 @@ class _Parser(AtomParser):
     def _bracketed_words(self) -> bool:
         """Skips `(some words)` behind a unit."""
         ahead = 1
-        while self.peek(ahead).kind in ("word", "letter", "number") or self.peek(ahead).text == "-":
+        while self.peek(ahead).kind in ("word", "letter") or self.peek(ahead).text == "-":
             ahead += 1
         if ahead > 1 and self.peek().text == "(" and self.peek(ahead).text == ")":
             self.at += ahead + 1

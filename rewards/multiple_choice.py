@@ -37,6 +37,10 @@ _NEGATED = re.compile(
     r"|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
     re.IGNORECASE,
 )
+_REJECTED = re.compile(
+    r"[)\].]?\s+(?:is|are|was)\s*(?:n't|not|wrong|incorrect|false|too)\b|\s*(?:不对|错)", re.IGNORECASE
+)
+_ALTERNATIVE = re.compile(r"[(\[]?[A-J][)\]]?\s*(?:,|/|or|and|或|和)\s*[(\[]?[A-J]\b")
 _NO_OPTION = re.compile(
     r"\bnone of the (?:given |above |answer |listed |provided )*(?:option|choice|answer)"
     r"|\bnot (?:in|among|one of|an option in|available in) the "
@@ -129,7 +133,7 @@ def _mentions(text: str, options: Options) -> list[str]:
     for match in _MENTION.finditer(text):
         letter, closed = (match.group(1) or match.group(2)).upper(), bool(match.group(3))
         before, after = text[: match.start()], text[match.end() :]
-        if letter not in options.letters or _NEGATED.search(before[-40:]):
+        if letter not in options.letters or _NEGATED.search(before[-40:]) or _REJECTED.match(after):
             continue
         bracketed = match.group().startswith(("(", "[")) or closed
         follows_word = _CHOICE_WORDS.search(before[-40:]) is not None
@@ -157,7 +161,11 @@ def _free_choice(text: str, options: Options) -> Extraction:
         return Extraction(letter, "last line")
     for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
         phrase = re.split(r"\n|(?<=[^\s(][^A-J])\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1)[0]
+        if letter := _letter_of(phrase, options):
+            return Extraction(letter, "marked")
         letters = _mentions(phrase, options)
+        if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
+            return Extraction(None, "several options")
         if letters and not _NO_OPTION.search(tail[marker.end() :]):
             return Extraction(letters[0], "marked")
         answer = free_answer(phrase).answer if phrase else None
@@ -169,7 +177,14 @@ def _free_choice(text: str, options: Options) -> Extraction:
     if _NO_OPTION.search(last):
         return Extraction(None, "no option chosen")
     letters = _mentions(last, options)
-    return Extraction(letters[-1], "last sentence") if letters else Extraction(None, "no option named")
+    if len(set(letters)) > 1 and _ALTERNATIVE.search(last):
+        return Extraction(None, "several options")
+    if letters:
+        return Extraction(letters[-1], "last sentence")
+    opening = _mentions(tail[:200], options)[:1]
+    if opening and len(text) == len(tail) and tail.lstrip("([").startswith(opening[0]) and not _NO_OPTION.search(tail):
+        return Extraction(opening[0], "first word")
+    return Extraction(None, "no option named")
 
 
 def score_choice(gold: object, extraction: Extraction, options: Options) -> Score:

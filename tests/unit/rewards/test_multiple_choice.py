@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewards.multiple_choice import multiple_choice_reward, read_options
+from rewards.multiple_choice import chosen_letter, multiple_choice_reward, read_options
 
 OPTIONS = ["A) 3", "B) 4", "C) 5", "D) 6"]
 
@@ -77,3 +77,52 @@ def test_options_are_read_in_every_form() -> None:
 def test_missing_column() -> None:
     with pytest.raises(ValueError, match="'answer'"):
         multiple_choice_reward([], ["<answer>B</answer>"], gold=["B"])
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("La réponse est B", "B"),
+        ("la bonne réponse est B.", "B"),
+        ("答案是B", "B"),
+        ("答案：B", "B"),
+        ("答案是 (B)", "B"),
+        ("正确答案是B。", "B"),
+        ("选项B正确", "B"),
+        ("因此选B", "B"),
+        ("The answer is **B**.", "B"),
+        ("**B**", "B"),
+        ("B. 4", "B"),
+        ("B: because 2+2=4", "B"),
+        ("B, because 2+2=4. A is wrong.", "B"),
+        ("I would choose B.", "B"),
+        ("Answer: B", "B"),
+        ("Answer:\nB", "B"),
+        ("answer B", "B"),
+        ("Option B is correct.", "B"),
+        ("The correct choice is (b).", "B"),
+        ("So it must be B", "B"),
+        ("\\boxed{B}", "B"),
+        ("The final answer is $\\boxed{B}$.", "B"),
+        ("Not A, not C, so B.", "B"),
+        ("A and C are wrong. The answer is B.", "B"),
+        ("A is wrong; B is right.", "B"),
+        ("B is the answer.", "B"),
+        ("B is correct, A is not.", "B"),
+        ("(B)", "B"),
+        ("Ans: B", "B"),
+        ("ANSWER: B", "B"),
+        ("The answer is\n\nB", "B"),
+        ("My answer is b", "B"),
+        ("Die Antwort ist B", "B"),
+        ("La respuesta es B", "B"),
+        ("Ответ: B", "B"),
+        ("答え：B", "B"),
+        ("回答是B", "B"),
+        ("Hence, option (B) is the right answer.", "B"),
+        ("The answer is A or B", None),
+        ("The answer is not B", None),
+    ],
+)
+def test_stated_letter(text: str, letter: str | None) -> None:
+    assert chosen_letter(text, read_options(None), strict=False).answer == letter
