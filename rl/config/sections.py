@@ -72,7 +72,8 @@ class ModelSection(Section):
     gradient_checkpointing: Flag = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     trust_remote_code: Flag = False
-    """Run Python code that lies beside the checkpoint; only for checkpoints whose authors you trust."""
+    """Run the tokenizer's Python code that lies beside the checkpoint; only if you trust its authors. Code of a model
+    is never run."""
     router_bias_update_rate: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Step by which the experts' selection bias follows their load (DeepSeek-V3: 0.001); 0 keeps it frozen."""
 

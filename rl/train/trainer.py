@@ -101,34 +101,37 @@ class GRPOTrainer:
 
     def train(self) -> None:
         """All steps of the recipe that are left."""
-        recipe, start = self.recipe, self.start_step
+        recipe, steps = self.recipe, self.recipe.grpo.steps
         began = time.monotonic() - self.keeper.elapsed_s
         first: dict[str, float] | None = self.keeper.extra.get("first_evaluation")
-        with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=start) as log:
-            if start == 0 and recipe.eval.eval_on_start:
+        last: dict[str, float] | None = self.keeper.extra.get("last_evaluation")
+        with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=self.start_step) as log:
+            if self.start_step == 0 and recipe.eval.eval_on_start:
                 first = self._evaluate(0, log)
-            progress = Progress("GRPO", total=recipe.grpo.steps, initial=start, disable=not is_main_process())
-            for step in range(start, recipe.grpo.steps):
-                metrics, experience = self.step(step)
-                self._report(step, metrics, experience, log, progress)
-                done = step + 1
-                if recipe.eval.eval_steps and done % recipe.eval.eval_steps == 0 and done < recipe.grpo.steps:
-                    self._evaluate(done, log)
+            progress = Progress("GRPO", total=steps, initial=self.start_step, disable=not is_main_process())
+            for done in range(self.start_step + 1, steps + 1):
+                metrics, experience = self.step(done - 1)
+                self._report(done, metrics, experience, log, progress)
+                if done == steps or (recipe.eval.eval_steps and done % recipe.eval.eval_steps == 0):
+                    last = self._evaluate(done, log)
                 self.keeper.save_if_due(
                     done,
                     recipe.checkpoint.save_steps,
-                    total=recipe.grpo.steps,
+                    total=steps,
                     elapsed_s=time.monotonic() - began,
-                    extra={"first_evaluation": first},
+                    extra={"first_evaluation": first, "last_evaluation": last},
                 )
             progress.close()
-            last = self._evaluate(recipe.grpo.steps, log)
-        seconds = time.monotonic() - began
-        if recipe.checkpoint.save_final_policy:
-            save_final_policy(self.learner, self.session.folder / POLICY_FOLDER, self.session.tokenizer)
+        self._finish(first, last, seconds=time.monotonic() - began)
+
+    def _finish(self, first: dict[str, float] | None, last: dict[str, float] | None, *, seconds: float) -> None:
+        """Write what is left to look at: the policy, the summary and the curves."""
+        folder = self.session.folder
+        if self.recipe.checkpoint.save_final_policy:
+            save_final_policy(self.learner, folder / POLICY_FOLDER, self.session.tokenizer)
         if is_main_process():
-            summary = write_run_report(self.session.folder, recipe, first=first, last=last, train_seconds=seconds)
-            print(closing_text(summary, self.session.folder), flush=True)
+            summary = write_run_report(folder, self.recipe, first=first, last=last, train_seconds=seconds)
+            print(closing_text(summary, folder), flush=True)
         self.scorer.close()
 
     def step(self, step: int) -> tuple[dict[str, float], Experience]:
@@ -171,9 +174,9 @@ class GRPOTrainer:
         return recorded and wanted is not False
 
     def _report(
-        self, step: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress
+        self, done: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress
     ) -> None:
-        logging, done = self.recipe.logging, step + 1
+        logging = self.recipe.logging
         if done % logging.logging_steps == 0 or done == self.recipe.grpo.steps:
             log.log(done, metrics)
             if logging.log_completions:
