@@ -99,7 +99,8 @@ class Keeper:
         if not result.skipped and math.isfinite(result.loss):
             return
         message = (
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were not changed"
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+            "the weights were not changed"
         )
         if on_nonfinite == "stop":
             raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
