@@ -57,7 +57,9 @@ class CudaStepper:
         keeper: GraphKeeper,
     ) -> None:
         self.cache, self.state, self.sampler = cache, state, sampler
-        self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
+        self.decoder = FusedDecoder(
+            policy, max_rows=state.slots, positions=positions, prompt_tokens=cache.shape.prompt_tokens
+        )
         self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
         self.capture_s = self.warm_s = 0.0
         device = state.device

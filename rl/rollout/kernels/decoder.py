@@ -24,6 +24,7 @@ from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
 from rl.rollout.kernels.moe import ExpertWeights, default_tiles, gate_up_rows, grouped_experts
 from rl.rollout.kernels.norm import combine_norm
+from rl.rollout.kernels.prompt_attention import BLOCKS_PER_SPLIT, PromptScratch, attend_prompt, default_tile
 from rl.rollout.kernels.projections import absorb, merge_and_expand
 from rl.rollout.kernels.router import route, router_scratch
 
@@ -61,13 +62,15 @@ class _Layer:
 class FusedDecoder:
     """policy: `rl.policy.model.Policy` on CUDA in bf16 or fp32. max_rows: largest N. positions: longest prompt + completion."""
 
-    def __init__(self, policy: Any, *, max_rows: int, positions: int) -> None:
+    def __init__(self, policy: Any, *, max_rows: int, positions: int, prompt_tokens: int) -> None:
         self.policy, self.config = policy, policy.config
         self.max_rows = max_rows
         config = self.config
         weight = policy.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.rows_per_tile = rows_per_tile(config.num_attention_heads)
+        self._prompt_tokens = prompt_tokens
+        self.two_products = prompt_in_two_products(self.dtype, max_rows * config.num_attention_heads, prompt_tokens)
+        self.rows_per_tile = rows_per_tile(config.num_attention_heads, 128 if self.two_products else 64)
         cos, sin = policy.rotary.tables(torch.arange(positions, device=self.device))
         self.tables = (cos.contiguous(), sin.contiguous())
         self.layers: list[_Layer] = []
@@ -101,9 +104,12 @@ class FusedDecoder:
         self._logits = empty(rows, config.vocab_size)  # outside the graphs' pool, so it goes with the rollout
         self._q = empty(rows, heads, config.cache_width)
         self._mixed = empty(rows, heads * config.v_head_dim)
-        most = max(n * (prompt_splits(n, self.rows_per_tile) + own_splits(n)) for n in range(1, rows + 1))
+        most = max(n * (self._prompt_splits(n) + own_splits(n)) for n in range(1, rows + 1))
         self._partial = empty(most * heads * latent)
         self._lse = torch.zeros(most * heads, dtype=torch.float32, device=self.device)
+        self._prompt_scratch: PromptScratch | None = None
+        if self.two_products:
+            self._prompt_scratch = PromptScratch.make(rows * heads, self._prompt_tokens, self.dtype, self.device)
         moe = config.moe_layers
         self._top_k = config.num_experts_per_tok or 0
         self._parts = self._top_k + (config.n_shared_experts if moe else 0)
@@ -204,20 +210,35 @@ class FusedDecoder:
             q, kv, kv_b, kv_norm.weight, self.tables, inputs.positions, inputs.slots, inputs.places, own,
             nope=nope, interleave=config.rope_interleave, eps=kv_norm.eps, out=self._q[:num_rows],
         )  # fmt: skip
-        from_prompt, from_own = prompt_splits(num_rows, self.rows_per_tile), own_splits(num_rows)
+        from_prompt, from_own = self._prompt_splits(num_rows), own_splits(num_rows)
         splits, heads, latent = from_prompt + from_own, config.num_attention_heads, config.kv_lora_rank
         partial = self._partial[: num_rows * splits * heads * latent].view(num_rows, splits, heads, latent)
         lse = self._lse[: num_rows * splits * heads].view(num_rows, splits, heads)
-        attend(
-            absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial, lse=lse,
-            first_split=0, splits=from_prompt, tiles=inputs.tiles,
-        )  # fmt: skip
+        if self._prompt_scratch is not None:
+            attend_prompt(
+                absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, inputs.tiles, scale=attention.scale,
+                out=partial, lse=lse, first_split=0, splits=from_prompt,
+                block_h=head_block(heads, self.rows_per_tile, 128), scratch=self._prompt_scratch,
+            )  # fmt: skip
+        else:
+            attend(
+                absorbed, prompt, inputs.prompt_slots, inputs.prompt_lengths, scale=attention.scale, out=partial,
+                lse=lse, first_split=0, splits=from_prompt, tiles=inputs.tiles,
+            )  # fmt: skip
         attend(
             absorbed, own, inputs.slots, inputs.own_lengths, scale=attention.scale, out=partial, lse=lse,
             first_split=from_prompt, splits=from_own,
         )  # fmt: skip
         mixed = merge_and_expand(partial, lse, kv_b, nope=nope, out=self._mixed[:num_rows])
         return F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+
+    def _prompt_splits(self, num_rows: int) -> int:
+        tiles = cdiv(num_rows, self.rows_per_tile)
+        if not self.two_products:
+            return prompt_splits(tiles)
+        blocks = cdiv(self._prompt_tokens, default_tile(self.dtype).tokens)
+        columns = cdiv(self.config.kv_lora_rank, default_tile(self.dtype).columns)
+        return max(cdiv(blocks, BLOCKS_PER_SPLIT), min(prompt_splits(tiles * columns), blocks))
 
     def _dense(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
         num_rows, width = hidden.shape[0], layer.experts.width
@@ -245,9 +266,14 @@ class FusedDecoder:
         return grouped_experts(hidden, layer.experts, weights, counts, self._lists, act=act, out=out)
 
 
-def rows_per_tile(heads: int) -> int:
-    """Rows of a group that one program of prompt attention takes: up to 64 query rows (rows x heads)."""
-    return max(1, 64 // head_block(heads, 1))
+def rows_per_tile(heads: int, queries: int) -> int:
+    """Rows of a group that one program of prompt attention takes: up to `queries` query rows (rows x heads)."""
+    return max(1, queries // head_block(heads, 1, queries))
+
+
+def prompt_in_two_products(dtype: torch.dtype, queries: int, prompt_tokens: int) -> bool:
+    """Whether the prompt is attended to by `prompt_attention` (its weights must fit a modest scratch)."""
+    return dtype == torch.bfloat16 and queries * prompt_tokens * 2 <= 2**28
 
 
 def own_splits(num_rows: int) -> int:
@@ -255,9 +281,9 @@ def own_splits(num_rows: int) -> int:
     return _power_of_two(min(8, 256 // num_rows))
 
 
-def prompt_splits(num_rows: int, per_tile: int) -> int:
-    """Splits of a prompt: one program a multiprocessor."""
-    return _power_of_two(min(4, 132 // cdiv(num_rows, per_tile)))
+def prompt_splits(programs: int) -> int:
+    """Splits of a prompt that so many programs attend to: one program a multiprocessor."""
+    return _power_of_two(min(4, 132 // programs))
 
 
 def _power_of_two(most: int) -> int:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rl.rollout.kernels.layout import cdiv, dot_precision
+from rl.rollout.kernels.layout import cdiv, chained, dot_precision, follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,10 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """act[n * P + k, i] = silu(x_n . gate_i) * (x_n . up_i); one program does BLOCK_N columns i of one tile of rows."""
+    follow(CHAINED)
     SLOTS: tl.constexpr = TOP_K + NUM_SHARED
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // n_tiles
@@ -195,8 +197,10 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """y[n * P + k, d] = weight[n, k] * sum_i act[n * P + k, i] down[d, i]; a program does BLOCK_N of the D columns."""
+    follow(CHAINED)
     n_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // n_tiles
     column = (tl.program_id(0) % n_tiles) * BLOCK_N
@@ -285,6 +289,7 @@ def gate_up_rows(
         x, _blocks(experts.gate_up, tile), _blocks(experts.shared_gate, tile), _blocks(experts.shared_up, tile), act,
         counts, lists, num_rows, 0 if lists is None else lists.stride(0),
         **_constants(x.shape[1], x.dtype, experts, top_k, tile), num_warps=tile.warps, num_stages=tile.stages,
+        **chained(x),
     )  # fmt: skip
     return act
 
@@ -307,6 +312,7 @@ def down_rows(
         act, _blocks(experts.down, tile), _blocks(experts.shared_down, tile), weights, out, counts, lists, num_rows,
         lists.stride(0),
         **_constants(width, act.dtype, experts, top_k, tile), num_warps=tile.warps, num_stages=tile.stages,
+        **chained(act),
     )  # fmt: skip
     return out
 

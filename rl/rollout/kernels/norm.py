@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rl.rollout.kernels.layout import chained, follow
+
 
 @triton.jit
 def _combine_norm_kernel(
@@ -21,7 +23,9 @@ def _combine_norm_kernel(
     D: tl.constexpr,
     D_POW2: tl.constexpr,
     PARTS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, D_POW2)
     inside = column < D
@@ -45,6 +49,6 @@ def combine_norm(
     num_rows, width = x.shape
     _combine_norm_kernel[(num_rows,)](
         x, parts, weight, out, eps, D=width, D_POW2=triton.next_power_of_2(width),
-        PARTS=0 if parts is None else parts.shape[1], num_warps=8 if width > 1024 else 4,
+        PARTS=0 if parts is None else parts.shape[1], num_warps=8 if width > 1024 else 4, **chained(x),
     )  # fmt: skip
     return out

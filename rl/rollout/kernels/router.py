@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv
+from rl.rollout.kernels.layout import cdiv, chained, follow
 
 _ROWS, _PARTS = 16, 4  # rows of a program, parts of D
 
@@ -53,9 +53,11 @@ def _router_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Program (i, p): the p-th part of D for BLOCK_M rows. Whoever finishes last of a block's parts adds them up and routes:
     one multiprocessor alone would need 3 us just to read the gate matrix."""
+    follow(CHAINED)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
     expert = tl.arange(0, EXPERTS_POW2)
@@ -173,4 +175,5 @@ def route(
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
         PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+        **chained(h),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.moe import Router
 from rl.policy.rope import RotaryEmbedding, rotate
 from rl.rollout import sampling as torch_sampling
-from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling
+from rl.rollout.kernels import attention, moe, norm, projections, prompt_attention, reference, router, rows, sampling
 from rl.rollout.kernels.decoder import prompt_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,6 +148,40 @@ def test_two_part_attention_is_one_softmax(
         projections.merge_and_expand(partial, lse, kv_b, nope=nope, out=out)
         w_uv = kv_b.view(heads, nope + value, latent)[:, nope:].float()
         assert_near(out.view(rows, heads, value), torch.einsum("nhc,hvc->nhv", expected, w_uv), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("heads", "latent", "rope", "groups", "prompt_lengths", "own_lengths"), CONTEXTS)
+def test_prompt_in_two_products(
+    dtype: torch.dtype,
+    splits: int,
+    heads: int,
+    latent: int,
+    rope: int,
+    groups: list[list[int]],
+    prompt_lengths: list[int],
+    own_lengths: list[int],
+) -> None:
+    rows, width = len(own_lengths), latent + rope
+    group_of = {row: g for g, members in enumerate(groups) for row in members}
+    q = drawn(rows, heads, width, dtype=dtype, scale=2.0)
+    prompt = drawn(len(groups) + 1, max(prompt_lengths) + 3, width, dtype=dtype, seed=1)
+    caches = [prompt[group_of[n] + 1, : prompt_lengths[group_of[n]]] for n in range(rows)]
+    expected = reference.attend(q, caches, latent, scale=width**-0.5)
+    partial = poison(rows, splits + 1, heads, latent, dtype=dtype)
+    lse = torch.full((rows, splits + 1, heads), -math.inf, device=DEVICE)
+    block_h = attention.head_block(heads, 4)
+    scratch = prompt_attention.PromptScratch.make(rows * heads, prompt.shape[1], dtype, DEVICE)
+    scratch.weights.fill_(math.nan)
+    prompt_attention.attend_prompt(
+        q, prompt, ints([group_of[n] + 1 for n in range(rows)]), ints([prompt_lengths[group_of[n]] for n in range(rows)]),
+        torch.tensor(prompt_tiles(groups, 4, rows + 1), dtype=torch.int32, device=DEVICE),
+        scale=width**-0.5, out=partial, lse=lse, first_split=1, splits=splits, block_h=block_h, scratch=scratch,
+    )  # fmt: skip
+    assert_near(reference.merge(partial, lse), expected, dtype)
+    total = [torch.logsumexp(q[n].float() @ caches[n].float().t() * width**-0.5, -1) for n in range(rows)]
+    assert_near(lse.logsumexp(1), torch.stack(total), torch.float32 if dtype == torch.float32 else dtype)
 
 
 def test_fixed_splits_do_not_depend_on_their_number() -> None:
