@@ -1,0 +1,61 @@
+"""Rewards under `accelerate launch` with two ranks: gloo initialised, torch's threads running, bombs in every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+RANK = """
+import json, sys, threading, time
+import torch
+from accelerate import Accelerator
+
+from rewards.pool import shared_pool
+from rewards.scorer import RewardScorer
+
+accelerator = Accelerator(cpu=True)
+torch.ones(64, 64) @ torch.ones(64, 64)  # starts torch's threads
+torch.distributed.all_reduce(torch.ones(1))
+scorer = RewardScorer(["format", "accuracy", {"func": "regex", "params": {"pattern": "(a+)+"}}])
+answers = ["42", "41", "9^{9^{9^{9}}}", "a" * 60 + "b", "1/0", "\\\\boxed{" * 500 + "42" + "}" * 500]
+texts = [f"<think>t</think><answer>{answer}</answer>" for answer in answers]
+
+def score():
+    rows = len(texts)
+    return scorer.score(["p"] * rows, texts, [[0]] * rows, {"answer": ["42"] * rows}, [0] * rows)
+
+started = time.monotonic()
+first = score().by_function
+results = []
+thread = threading.Thread(target=lambda: results.append(score().by_function))
+thread.start()
+thread.join()
+seconds = time.monotonic() - started
+torch.distributed.barrier()
+print(json.dumps({
+    "rank": accelerator.process_index, "workers": shared_pool().workers,
+    "same": results == [first], "seconds": seconds, "accuracy": first["accuracy"], "regex": first["regex"],
+}), flush=True)
+"""
+
+
+def test_two_ranks_score_alike_and_in_time(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    config = REPOSITORY / "recipes" / "accelerate_configs" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(report["rank"] for report in reports) == [0, 1]
+    for report in reports:
+        assert report["accuracy"][:3] == [1.0, 0.0, 0.0] and report["regex"][3] == 0.0
+        assert report["same"] and report["seconds"] < 20, report
+        assert report["workers"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    print(reports)
