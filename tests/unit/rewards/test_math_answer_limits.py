@@ -74,6 +74,18 @@ def test_code_is_text(code: str, tmp_path: object) -> None:
         open(path).close()
 
 
+def test_a_list_much_longer_than_the_reference_is_refused() -> None:
+    assert compare_texts("42", "42, 42").equal
+    assert not compare_texts("42", "42, " * 50 + "42").equal
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\u202e", "\u2066", "\x00", "\ud800", "\u00ad"])
+def test_hidden_characters_are_named(hidden: str) -> None:
+    match = compare_texts("42", f"4{hidden}2")
+    assert not match.equal
+    assert match.rule == f"character U+{ord(hidden):04X} inside the answer"
+
+
 def test_limits_are_named() -> None:
     with pytest.raises(TooLarge):
         evaluate(parse_math("9^{9^{9^9}}"), {})

@@ -100,6 +100,7 @@ def test_tag_count_prefilled() -> None:
         ("<answer>42</answer>", "42"),
         ("Sure! " + GOOD + " Done.", "42"),
         ("6 * 7</think><answer>42</answer>", "42"),
+        ("is it <answer>41</answer>?</think><answer>42</answer>", "42"),
         ("<think>x</think></think><answer>42</answer>", "42"),
         ("<think>is it <answer>41</answer>?</think><answer>42</answer>", "42"),
         ("<think>x</think><answer>41</answer><answer>42</answer>", None),
