@@ -8,8 +8,11 @@ one would have.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 from typing import Any
 
 import torch
@@ -120,6 +123,18 @@ def share_cpu_threads() -> int:
     threads = max(1, cores // local_world_size())
     torch.set_num_threads(threads)
     return threads
+
+
+def die_with_launcher() -> None:
+    """End this process with the launcher that started it (Linux, under torch's elastic launcher; done by the kernel).
+
+    Workers live in sessions of their own, so killing the launcher (`kill -9`, a lost job) would leave them training and
+    writing into a folder that a resumed run is already using.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGKILL)
 
 
 def _initialised() -> bool:

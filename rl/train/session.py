@@ -6,10 +6,11 @@ seconds.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rewards.scorer import RewardScorer
 from rl.config import ModelSection, Recipe
 from rl.data import load_tokenizer, sampling_stops
-from rl.distributed import is_main_process, share_cpu_threads, world_size
+from rl.distributed import die_with_launcher, is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.experience import TextOf
@@ -26,6 +27,8 @@ from rl.types import RolloutEngine, SamplingParams
 
 COLD_START = "cold_start"
 POLICY_FOLDER = "policy"
+LOCK_FILE = ".lock"
+_LOCKS: list[IO[str]] = []  # open files; the lock goes with the process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,17 +73,29 @@ class Session:
 
 def open_session(recipe: Recipe, *, folder: Path | None = None) -> Session:
     """Check the recipe against this launch, make the run folder and write the resolved recipe into it."""
+    die_with_launcher()
     plan = recipe.batch_plan(world_size())
     accelerator = make_accelerator(DTYPES[recipe.model.dtype])
     share_cpu_threads()
     folder = folder or recipe.run_folder
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
         recipe.dump(folder / "recipe.yaml")
         print(f"[aha] run folder {folder}\n[aha] batch plan on {plan.world_size} process(es)\n{plan}", flush=True)
     else:
         logging.getLogger().setLevel(logging.ERROR)
     return Session(recipe, folder, accelerator, load_tokenizer(recipe.model))
+
+
+def _lock(folder: Path) -> None:
+    """Hold the run folder for as long as this process lives. ValueError if another run holds it."""
+    handle = (folder / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another run; choose another output_dir or name, or end it") from None
+    _LOCKS.append(handle)
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
