@@ -38,6 +38,7 @@ from rewards.math_eval import (
 from rewards.math_matrix import matrix_entries
 from rewards.math_nodes import Node
 from rewards.math_parse import MAX_CHARS, parse_math
+from rewards.math_rewrite import ascending, expand_chain, expand_signs, rename_variable, split_unit
 from rewards.math_tokens import MathSyntaxError
 from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
@@ -110,81 +111,16 @@ def _has_opaque(node: Node) -> bool:
 
 def _same(gold: Node, answer: Node) -> str | None:
     """The rule by which `answer` says what `gold` says, or None."""
-    gold_unit, gold = _split_unit(gold)
-    answer_unit, answer = _split_unit(answer)
+    gold_unit, gold = split_unit(gold)
+    answer_unit, answer = split_unit(answer)
     if units_conflict(gold_unit, answer_unit):
         return None
-    gold, answer = _expand_chain(_expand_signs(_ascending(gold))), _expand_chain(_expand_signs(_ascending(answer)))
+    gold, answer = expand_chain(expand_signs(ascending(gold))), expand_chain(expand_signs(ascending(answer)))
     for rule in (_same_relation, _same_text, _same_ratio, _same_base, _same_matrix, _same_collection):
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict or None
     return same_value(gold, answer)
-
-
-def _split_unit(node: Node) -> tuple[str, Node]:
-    if node.kind == "unit":
-        inner_unit, inner = _split_unit(node.args[0])
-        return f"{inner_unit} {node.text}".strip(), inner
-    if node.kind == "degree":
-        return "degree", node.args[0]
-    if node.kind == "list" and node.args[0].kind != "text" and all(arg.kind == "text" for arg in node.args[1:]):
-        return _split_unit(node.args[0])  # `72, in total`
-    if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
-        unit, last = _split_unit(node.args[-1])
-        return unit, Node("relation", (*node.args[:-1], last), node.text)
-    return "", node
-
-
-def _ascending(node: Node) -> Node:
-    """`3 > x > 1` as `1 < x < 3`."""
-    signs = node.text.split() if node.kind == "relation" else []
-    if not signs or not set(signs) <= {">", ">="}:
-        return node
-    flipped = " ".join({">": "<", ">=": "<="}[sign] for sign in reversed(signs))
-    return Node("relation", tuple(reversed(node.args)), flipped)
-
-
-def _expand_chain(node: Node) -> Node:
-    """`x = y = z = 1` as a list of three equations."""
-    names = node.args[:-1] if node.kind == "relation" and set(node.text.split()) == {"="} else ()
-    if (
-        len(names) < 2
-        or any(name.kind != "symbol" for name in names)
-        or len({name.text for name in names}) < len(names)
-    ):
-        return node
-    return Node("list", tuple(Node("relation", (name, node.args[-1]), "=") for name in names), "and")
-
-
-# Signs: a \pm b stands for two values.
-
-
-def _expand_signs(node: Node) -> Node:
-    """`1 \\pm \\sqrt 5` becomes a list of two; inside of a list or set the items are expanded in place."""
-    if not _has_sign(node):
-        return node
-    if node.kind in ("list", "set", "group"):
-        items: list[Node] = []
-        for arg in node.args:
-            expanded = _expand_signs(arg)
-            items.extend(expanded.args if expanded.kind == "list" and _has_sign(arg) else (expanded,))
-        return Node(node.kind, tuple(items), node.text)
-    if node.kind == "relation" and node.text == "=" and not _has_sign(node.args[0]):
-        left, right = node.args[0], _expand_signs(node.args[1])
-        return Node("list", tuple(Node("relation", (left, arg), "=") for arg in right.args), "or")
-    return Node("list", (_choose_sign(node, plus=True), _choose_sign(node, plus=False)), "or")
-
-
-def _has_sign(node: Node) -> bool:
-    return node.kind == "pm" or any(_has_sign(arg) for arg in node.args)
-
-
-def _choose_sign(node: Node, *, plus: bool) -> Node:
-    args = tuple(_choose_sign(arg, plus=plus) for arg in node.args)
-    if node.kind == "pm":
-        return args[0] if (node.text == "pm") == plus else Node("neg", args)
-    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
 
 
 # Each rule below returns a rule name (equal), "" (different) or None (does not apply).
@@ -283,7 +219,7 @@ def _same_relation(gold: Node, answer: Node) -> str | None:
     if answer.kind != "relation":
         return _relation_against_value(gold, answer)
     gold_label, answer_label = _label(gold), _label(answer)
-    answer = _rename_variable(gold, answer)
+    answer = rename_variable(gold, answer)
     answer_label = _label(answer)
     if gold_label and answer_label:
         if gold_label == answer_label or _both_name_a_function(gold.args[0], answer.args[0]):
@@ -336,24 +272,6 @@ def _label(relation: Node) -> str:
     if relation.kind != "relation" or set(relation.text.split()) - {"="} or not _is_name(relation.args[0]):
         return ""
     return canonical(relation.args[0])
-
-
-def _rename_variable(gold: Node, answer: Node) -> Node:
-    """`f(n) = 2n` for the reference `f(x) = 2x`: the variable of a function may have any name."""
-    left, right = gold.args[0], answer.args[0]
-    if not (left.kind == right.kind == "opaque" and left.text == right.text and len(left.args) == len(right.args) == 1):
-        return answer
-    old, new = right.args[0], left.args[0]
-    if old.kind != "symbol" or new.kind != "symbol" or new.text in free_symbols(answer):
-        return answer
-    return _replace(answer, old, new)
-
-
-def _replace(node: Node, old: Node, new: Node) -> Node:
-    if node == old:
-        return new
-    args = tuple(_replace(arg, old, new) for arg in node.args)
-    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
 
 
 def _both_name_a_function(left: Node, right: Node) -> bool:

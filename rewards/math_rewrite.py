@@ -1,0 +1,94 @@
+"""Rewritings of answer trees that change the form and not the meaning, done before two answers are compared.
+
+In and out: `Node`s. A unit is split off its value, chains of inequalities ascend, `1 \\pm \\sqrt 2` and `x = y = 1` become
+lists, and the variable of a function takes the name it has in the reference.
+"""
+
+from __future__ import annotations
+
+from rewards.math_eval import free_symbols
+from rewards.math_nodes import Node
+
+
+def split_unit(node: Node) -> tuple[str, Node]:
+    """The words of the unit ('' for none) and the value without them."""
+    if node.kind == "unit":
+        inner_unit, inner = split_unit(node.args[0])
+        return f"{inner_unit} {node.text}".strip(), inner
+    if node.kind == "degree":
+        return "degree", node.args[0]
+    if node.kind == "list" and node.args[0].kind != "text" and all(arg.kind == "text" for arg in node.args[1:]):
+        return split_unit(node.args[0])  # `72, in total`
+    if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
+        unit, last = split_unit(node.args[-1])
+        return unit, Node("relation", (*node.args[:-1], last), node.text)
+    return "", node
+
+
+def ascending(node: Node) -> Node:
+    """`3 > x > 1` as `1 < x < 3`."""
+    signs = node.text.split() if node.kind == "relation" else []
+    if not signs or not set(signs) <= {">", ">="}:
+        return node
+    flipped = " ".join({">": "<", ">=": "<="}[sign] for sign in reversed(signs))
+    return Node("relation", tuple(reversed(node.args)), flipped)
+
+
+def expand_chain(node: Node) -> Node:
+    """`x = y = z = 1` as a list of three equations."""
+    names = node.args[:-1] if node.kind == "relation" and set(node.text.split()) == {"="} else ()
+    if (
+        len(names) < 2
+        or any(name.kind != "symbol" for name in names)
+        or len({name.text for name in names}) < len(names)
+    ):
+        return node
+    return Node("list", tuple(Node("relation", (name, node.args[-1]), "=") for name in names), "and")
+
+
+# Signs: a \pm b stands for two values.
+
+
+def expand_signs(node: Node) -> Node:
+    """`1 \\pm \\sqrt 5` becomes a list of two; inside of a list or set the items are expanded in place."""
+    if not _has_sign(node):
+        return node
+    if node.kind in ("list", "set", "group"):
+        items: list[Node] = []
+        for arg in node.args:
+            expanded = expand_signs(arg)
+            items.extend(expanded.args if expanded.kind == "list" and _has_sign(arg) else (expanded,))
+        return Node(node.kind, tuple(items), node.text)
+    if node.kind == "relation" and node.text == "=" and not _has_sign(node.args[0]):
+        left, right = node.args[0], expand_signs(node.args[1])
+        return Node("list", tuple(Node("relation", (left, arg), "=") for arg in right.args), "or")
+    return Node("list", (_choose_sign(node, plus=True), _choose_sign(node, plus=False)), "or")
+
+
+def _has_sign(node: Node) -> bool:
+    return node.kind == "pm" or any(_has_sign(arg) for arg in node.args)
+
+
+def _choose_sign(node: Node, *, plus: bool) -> Node:
+    args = tuple(_choose_sign(arg, plus=plus) for arg in node.args)
+    if node.kind == "pm":
+        return args[0] if (node.text == "pm") == plus else Node("neg", args)
+    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
+
+
+def rename_variable(gold: Node, answer: Node) -> Node:
+    """`f(n) = 2n` for the reference `f(x) = 2x`: the variable of a function may have any name."""
+    left, right = gold.args[0], answer.args[0]
+    if not (left.kind == right.kind == "opaque" and left.text == right.text and len(left.args) == len(right.args) == 1):
+        return answer
+    old, new = right.args[0], left.args[0]
+    if old.kind != "symbol" or new.kind != "symbol" or new.text in free_symbols(answer):
+        return answer
+    return _replace(answer, old, new)
+
+
+def _replace(node: Node, old: Node, new: Node) -> Node:
+    if node == old:
+        return new
+    args = tuple(_replace(arg, old, new) for arg in node.args)
+    return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
