@@ -1,7 +1,7 @@
 """Rewritings of answer trees that change the form and not the meaning, done before two answers are compared.
 
-In and out: `Node`s. A unit is split off its value, chains of inequalities ascend, `1 \\pm \\sqrt 2` and `x = y = 1` become
-lists, and the variable of a function takes the name it has in the reference.
+In and out: `Node`s. A unit is split off its value, chains of inequalities ascend, a double sign and a chain of
+equations become lists, and the variable of a function takes the name it has in the reference.
 """
 
 from __future__ import annotations
