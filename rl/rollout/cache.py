@@ -92,10 +92,7 @@ class LatentCache:
     def __init__(self, shape: CacheShape, *, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         # Zeros, not empty: masked positions are multiplied by a probability of 0, and 0 * NaN would be NaN.
-        if device.type == "cpu":  # tokens adjacent in memory: scores over own tokens then take half the time
-            self.own = torch.zeros(layers, shape.slots, width, shape.own_tokens, dtype=dtype).transpose(2, 3)
-        else:
-            self.own = torch.zeros(layers, shape.slots, shape.own_tokens, width, dtype=dtype, device=device)
+        self.own = torch.zeros(layers, shape.slots, shape.own_tokens, width, dtype=dtype, device=device)
         self.prompt = torch.zeros(layers, shape.prompt_slots, shape.prompt_tokens, width, dtype=dtype, device=device)
 
     @property

@@ -32,9 +32,9 @@ class GraphKeeper:
 
     def __init__(self, device: torch.device) -> None:
         self.warmed: set[tuple[int, ...]] = set()
+        self.stream = torch.cuda.Stream(device)  # one for all captures: the allocator's free blocks belong to a stream
         self._anchor = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self.stream):
             self._anchor.capture_begin(capture_error_mode="thread_local")
             self._held = torch.zeros(1, device=device)
             self._anchor.capture_end()
@@ -57,9 +57,7 @@ class CudaStepper:
         keeper: GraphKeeper,
     ) -> None:
         self.cache, self.state, self.sampler = cache, state, sampler
-        self.decoder = FusedDecoder(
-            policy, max_rows=state.slots, positions=positions, prompt_tokens=cache.shape.prompt_tokens
-        )
+        self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
         self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
         self.capture_s = self.warm_s = 0.0
         device = state.device
@@ -121,7 +119,7 @@ class CudaStepper:
             self.warm_s += time.perf_counter() - began
         began = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(self.state.device)
+        side = self._keeper.stream
         side.wait_stream(torch.cuda.current_stream())
         # torch.cuda.graph() would collect garbage and empty the allocator's cache each time.
         with torch.cuda.stream(side):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from rl.rollout import ops
 from rl.rollout.cache import LatentCache
+from rl.rollout.native import library, step
 from rl.rollout.ops import AttentionPlan
 from rl.rollout.sampling import Sampler
 from rl.rollout.state import PlanBuilder, RowState
@@ -49,12 +50,11 @@ class Stepper(Protocol):
 class TorchStepper:
     """Plain torch, on any device. row_multiple: rows are padded to a multiple of this with rows that stand still."""
 
-    name = "torch"
-
     def __init__(
         self, policy: Any, cache: LatentCache, state: RowState, sampler: Sampler, *, positions: int, row_multiple: int
     ) -> None:
         self._decoder = TorchDecoder(policy, positions=positions)
+        self.name = "torch" if self._decoder.native is None else "native"
         self.derived_bytes, self.build_s = self._decoder.weights.derived_bytes, self._decoder.weights.build_s
         self._cache, self._state, self._sampler, self._row_multiple = cache, state, sampler, row_multiple
         self._plans = PlanBuilder(state, cache)
@@ -79,7 +79,7 @@ class TorchStepper:
     def advance(self, steps: int, longest_own: int) -> None:
         state = self._state
         for longest in range(longest_own, longest_own + steps):
-            plan = self._plans.plan(longest)
+            plan = self._plans.plan(longest, masks=self._decoder.native is None)
             logits = self._decoder.logits(self._cache, state, plan)
             tokens, logprobs = self._sampler(logits, state.seed[: logits.shape[0]], plan.own_len)
             state.record(plan.slot, tokens, logprobs)
@@ -90,6 +90,7 @@ class TorchDecoder:
 
     def __init__(self, policy: Any, *, positions: int) -> None:
         self.weights = build_decode_weights(policy, positions=positions)
+        self.native = library.load() if step.takes(self.weights) else None
 
     def column_order(self) -> torch.Tensor:
         rank, device = self.weights.latent_rank, self.weights.turns.device
@@ -98,7 +99,10 @@ class TorchDecoder:
     def logits(self, cache: LatentCache, state: RowState, plan: AttentionPlan) -> torch.Tensor:
         tokens = state.token[: plan.slot.shape[0]]
         positions = plan.prompt_len + plan.own_len - 1
-        hidden, routes = hidden_states(self.weights, cache, tokens, positions, plan)
+        if self.native is None:
+            hidden, routes = hidden_states(self.weights, cache, tokens, positions, plan)
+        else:
+            hidden, routes = step.hidden_states(self.native, self.weights, cache, tokens, positions, plan)
         if routes is not None:
             assert state.out_routes is not None
             place = plan.slot * state.limit + plan.own_len - 1

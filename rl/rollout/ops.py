@@ -11,7 +11,6 @@ same bits for every row count >= 4 (measured with MKL on AVX-512), but others be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -132,46 +131,40 @@ def experts_by_rows(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """The routed experts' output: x (N, D), experts (N, K) int64, weights (N, K) fp32, gate_up (E, 2I, D), down (E,
-    D, I). For CPU: reads the experts' counts on the host.
-
-    Tokens are sorted by expert, then one matmul per expert that has any (grouped_mm is that loop without Python). Where
-    an expert has fewer than four tokens the loop is ours, and computes four rows (those of the next expert, or
-    padding); the next expert overwrites the surplus.
-    """
+    D, I). For CPU: reads the experts' counts on the host."""
     tokens, k = experts.shape
-    chosen = experts.view(-1)
+    chosen = experts.reshape(-1)
     order = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=gate_up.shape[0])
-    inputs = x.new_empty(tokens * k + MIN_MATMUL_ROWS, x.shape[1])
-    torch.index_select(x, 0, order // k, out=inputs[: tokens * k])
-    sizes = counts.tolist()
-    if min(size for size in sizes if size) >= MIN_MATMUL_ROWS:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        hidden = silu_mul(F.grouped_mm(inputs[: tokens * k], gate_up.transpose(1, 2), offs=offsets))
-        outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
-    else:
-        inputs[tokens * k :] = 0
-        outputs = _few_rows(_few_rows(inputs, gate_up, sizes, then=silu_mul), down, sizes)
+    fewest = int(counts[counts > 0].min())
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    inputs = F.pad(x.index_select(0, order // k), (0, 0, 0, MIN_MATMUL_ROWS))
+    outputs = rows_by_expert(silu_mul(rows_by_expert(inputs, gate_up, offsets, fewest)), down, offsets, fewest)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     parts = outputs.index_select(0, back).view(tokens, k, -1)
     return torch.bmm(weights.to(x.dtype)[:, None], parts).squeeze(1)
 
 
-def _few_rows(
-    rows: torch.Tensor,
-    matrices: torch.Tensor,
-    sizes: list[int],
-    then: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """rows (M + 4, in), sorted by expert -> (M + 4, out), each expert's rows by its matrix (E, out, in)."""
+def rows_by_expert(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor, fewest: int) -> torch.Tensor:
+    """rows (M + 4, in), the first M sorted by expert, expert e's ending at offsets[e]; matrices (E, out, in) -> (M + 4,
+    out), each row by its expert's matrix (what the last four hold is of no use). fewest: rows of the smallest expert.
+
+    grouped_mm is one matmul per expert without Python between. Where an expert has fewer than four rows the loop is
+    ours and computes four (those of the next expert, or the padding); the next expert overwrites the surplus.
+    """
+    if fewest >= MIN_MATMUL_ROWS:
+        # The padding rows go with the last expert.
+        offsets = torch.cat((offsets[:-1], offsets.new_tensor([rows.shape[0]])))
+        return F.grouped_mm(rows, matrices.transpose(1, 2), offs=offsets)
     out = rows.new_empty(rows.shape[0], matrices.shape[1])
+    out[-MIN_MATMUL_ROWS:] = 0
     start = 0
-    for expert, size in enumerate(sizes):
-        if size:
-            stop = start + max(size, MIN_MATMUL_ROWS)
-            torch.mm(rows[start:stop], matrices[expert].t(), out=out[start:stop])
-            start += size
-    return out if then is None else then(out)
+    for expert, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            computed = max(stop, start + MIN_MATMUL_ROWS)
+            torch.mm(rows[start:computed], matrices[expert].t(), out=out[start:computed])
+            start = stop
+    return out
 
 
 def experts_grouped(

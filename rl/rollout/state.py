@@ -169,14 +169,17 @@ class PlanBuilder:
         beyond = torch.arange(self._longest_prompt, device=device) >= lengths[:, None]
         self._prompt_mask = _additive(beyond, self.cache.own.dtype)[:, None]
 
-    def plan(self, longest_own: int) -> AttentionPlan:
+    def plan(self, longest_own: int, *, masks: bool = True) -> AttentionPlan:
         """For the step that feeds the tokens sampled last; longest_own: own tokens of the longest row, that one
-        included."""
+        included; masks: whether to build `own_mask`."""
         assert self._groups is not None
         state, rows = self.state, self._rows
         group_slot, group_rows, cell, regular = self._groups
         longest = _round_up(longest_own, self.cache.shape.own_tokens)
         own_len = state.own_len[:rows] + 1
+        own_mask = None
+        if masks:
+            own_mask = _additive(self._positions[:longest] >= own_len[:, None], self.cache.own.dtype)[:, None]
         return AttentionPlan(
             slot=state.rows[:rows],
             own_len=own_len,
@@ -188,7 +191,7 @@ class PlanBuilder:
             longest_own=longest,
             longest_prompt=self._longest_prompt,
             regular=regular,
-            own_mask=_additive(self._positions[:longest] >= own_len[:, None], self.cache.own.dtype)[:, None],
+            own_mask=own_mask,
             prompt_mask=self._prompt_mask,
         )
 

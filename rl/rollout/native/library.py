@@ -1,0 +1,202 @@
+"""decode.c as Python functions on tensors: compiled once with the machine's C compiler, loaded through ctypes.
+
+The shared library is kept in the user's cache folder under a hash of the source, the flags and the CPU, and compiled
+(about two seconds) where it is missing. Without a compiler that takes the source (gcc 12 or clang) `load` gives None,
+and decode stays with plain torch: the same results up to rounding, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("decode.c")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load() -> NativeDecode | None:
+    """The compiled functions, or None where they cannot be had (why is logged once)."""
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if compiler is None:
+        _log.info("no C compiler: decode on the CPU stays with plain torch")
+        return None
+    for threading in (("-fopenmp",), ("-fopenmp-simd",)):
+        try:
+            return NativeDecode(ctypes.CDLL(str(_compiled(compiler, (*_FLAGS, *threading)))))
+        except (subprocess.CalledProcessError, OSError) as error:
+            detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+            _log.info("decode.c does not compile or load with %s: %s", threading[0], detail)
+    return None
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+    """The shared library, compiled if it is not there yet; processes that do so at once do not disturb each other."""
+    source = _SOURCE.read_bytes()
+    key = hashlib.sha256(b"\0".join((source, " ".join((compiler, *flags)).encode(), _cpu().encode()))).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aha-rl"
+    target = folder / f"decode-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            built = Path(work) / target.name
+            command = [compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(built, target)
+    return target
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _at(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.dtype == dtype and tensor.device.type == "cpu", (tensor.dtype, tensor.device)
+    return tensor.data_ptr()
+
+
+class NativeDecode:
+    """All tensors are fp32 on the CPU and contiguous unless said otherwise; loops use torch's number of threads."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        signatures = {
+            "rms_norm": [pointer] * 2 + [number, pointer] + [integer] * 3,
+            "split_joined": [
+                pointer,
+                *([integer] * 3),
+                pointer,
+                number,
+                *([pointer] * 2),
+                number,
+                *([pointer] * 2),
+                integer,
+                pointer,
+                *([integer] * 2),
+            ],
+            "attend": [
+                *([pointer] * 3),
+                integer,
+                *([pointer] * 2),
+                integer,
+                *([pointer] * 2),
+                integer,
+                pointer,
+                *([integer] * 4),
+                number,
+                integer,
+            ],
+            "gather_by_expert": [pointer, *[integer] * 3, pointer, integer, *[pointer] * 3],
+            "silu_mul": [*[pointer] * 2, *[integer] * 3],
+            "add_experts": [*[pointer] * 4, *[integer] * 4],
+        }
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        library.gather_by_expert.restype = integer
+        self._library = library
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x (N, D) -> x / rms(x) * weight."""
+        out = torch.empty_like(x)
+        self._library.rms_norm(_at(x), _at(weight), eps, _at(out), *x.shape, torch.get_num_threads())
+        return out
+
+    def split_joined(
+        self,
+        joined: torch.Tensor,
+        query_norm: tuple[torch.Tensor, float] | None,
+        latent_norm: tuple[torch.Tensor, float],
+        turns: torch.Tensor,
+        own: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """joined (N, query | latent | rope) -> the query part (N, query), normalised if query_norm (weight, eps) is
+        given. Row r's latent, normalised, and its rope part, turned by turns (N, R/2) complex64, become cache row
+        positions[r] of own[r], own (S, T, C+R)."""
+        rows, (_, tokens, width) = joined.shape[0], own.shape
+        rank = latent_norm[0].shape[0]
+        query = joined.new_empty(rows, joined.shape[1] - width)
+        weight, eps = query_norm if query_norm is not None else (None, 0.0)
+        self._library.split_joined(
+            _at(joined), query.shape[1], rank, width - rank, _at(weight), eps, _at(query), _at(latent_norm[0]),
+            latent_norm[1], _at(turns, torch.complex64), _at(own), tokens * width, _at(positions, torch.int64), rows,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return query
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        turns: torch.Tensor | None,
+        own: torch.Tensor,
+        own_len: torch.Tensor,
+        prompt: torch.Tensor,
+        prompt_slot: torch.Tensor,
+        prompt_len: torch.Tensor,
+        *,
+        rank: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """q (N, H, C+R), its last R turned first by turns (N, R/2) complex64 if given; row r attends to
+        prompt[prompt_slot[r], :prompt_len[r]] and own[r, :own_len[r]], both (slots, tokens, C+R) -> (N, H, C)."""
+        rows, heads, width = q.shape
+        out = q.new_empty(rows, heads, rank)
+        self._library.attend(
+            _at(q), _at(turns, torch.complex64), _at(own), own.stride(0), _at(own_len, torch.int64), _at(prompt),
+            prompt.stride(0), _at(prompt_slot, torch.int64), _at(prompt_len, torch.int64),
+            own.shape[1] + prompt.shape[1], _at(out), rows, heads, rank, width - rank, scale, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def gather_by_expert(
+        self, x: torch.Tensor, experts: torch.Tensor, num_experts: int, *, spare: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """x (N, D), experts (N, K) int64 -> x of each choice sorted by expert (N * K + spare, D) with zeros in the
+        spare rows, where each expert's rows end (E,) int32, the sorted row of each choice (N, K) int32, and the fewest
+        rows of an expert that has any."""
+        (rows, k), width = experts.shape, x.shape[1]
+        gathered = x.new_empty(rows * k + spare, width)
+        gathered[rows * k :] = 0
+        offsets = torch.empty(num_experts, dtype=torch.int32)
+        place = torch.empty(rows, k, dtype=torch.int32)
+        fewest = self._library.gather_by_expert(
+            _at(experts, torch.int64), rows, k, num_experts, _at(x), width, _at(offsets, torch.int32),
+            _at(place, torch.int32), _at(gathered),
+        )  # fmt: skip
+        return gathered, offsets, place, fewest
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(N, 2I) -> silu(first half) * second half, (N, I)."""
+        rows, width = gate_up.shape
+        out = gate_up.new_empty(rows, width // 2)
+        self._library.silu_mul(_at(gate_up), _at(out), rows, width // 2, torch.get_num_threads())
+        return out
+
+    def add_experts(
+        self, residual: torch.Tensor, parts: torch.Tensor, place: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """residual (N, D) += sum_k weights[:, k] * parts[place[:, k]], in place; weights (N, K)."""
+        (rows, k), width = place.shape, residual.shape[1]
+        self._library.add_experts(
+            _at(residual), _at(parts), _at(place, torch.int32), _at(weights), rows, k, width, torch.get_num_threads()
+        )
+        return residual
