@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, chained, dot_precision, follow
+from rl.rollout.kernels.layout import cdiv, dot_precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,7 @@ def _attend_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
-    follow(CHAINED)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     BLOCK_M: tl.constexpr = ROWS * BLOCK_H
@@ -166,15 +164,14 @@ def attend(
         C_POW2=max(16, triton.next_power_of_2(latent_width)),
         R_POW2=max(16, triton.next_power_of_2(width - latent_width)),
         ROWS=per_tile, BLOCK_H=block_h, BLOCK_T=tile.tokens, PRECISION=dot_precision(q.dtype),
-        num_warps=tile.warps, num_stages=tile.stages, **chained(q),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def head_block(heads: int, rows_per_tile: int, queries: int = 64) -> int:
-    """Heads of one program: a power of two; at least 16 query rows in a tile (the smallest matrix tile), at most
-    `queries`."""
+def head_block(heads: int, rows_per_tile: int) -> int:
+    """Heads of one program: a power of two; at least 16 query rows in a tile (the smallest matrix tile), at most 64."""
     block = triton.next_power_of_2(heads)
-    block = min(block, max(1, queries // rows_per_tile))
+    block = min(block, max(1, 64 // rows_per_tile))
     return max(block, cdiv(16, rows_per_tile))
 
 

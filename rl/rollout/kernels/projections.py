@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, chained, dot_precision, follow
+from rl.rollout.kernels.layout import cdiv, dot_precision
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,11 +47,9 @@ def _absorb_kernel(
     BLOCK_C: tl.constexpr,
     CACHE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """The first programs write the cache rows of CACHE_ROWS tokens each; of the others each does BLOCK_M tokens of one head,
     either BLOCK_C of its latent columns or its rotated part."""
-    follow(CHAINED)
     cache_programs = (num_rows + CACHE_ROWS - 1) // CACHE_ROWS
     program = tl.program_id(0)
     if program < cache_programs:
@@ -152,10 +150,8 @@ def _merge_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Program (i, h): BLOCK_M rows of head h: sum over splits of exp(lse_s - lse) * partial_s, then times W_UV^T."""
-    follow(CHAINED)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1)
     valid = rows < num_rows
@@ -221,7 +217,7 @@ def absorb(
         HEADS=heads, NOPE=nope, NOPE_POW2=max(16, triton.next_power_of_2(nope)), V=v, C=c, R=r,
         C_POW2=triton.next_power_of_2(c), HALF_POW2=triton.next_power_of_2(r // 2), INTERLEAVE=interleave,
         BLOCK_M=block, BLOCK_C=block_c, CACHE_ROWS=cache_rows, PRECISION=dot_precision(q.dtype),
-        num_warps=8 if block == 64 else 4, num_stages=1, **chained(q),
+        num_warps=8 if block == 64 else 4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -240,6 +236,5 @@ def merge_and_expand(
         SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope, V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
         BLOCK_M=block, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
         PRECISION=dot_precision(partial.dtype), num_warps=8 if block == 64 else 4, num_stages=2,
-        **chained(partial),
     )  # fmt: skip
     return out

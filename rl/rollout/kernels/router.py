@@ -1,7 +1,7 @@
 """Router and dispatch in one kernel: scores, group-limited top-k, weights, the record of the choice, and each expert's list.
 
 In: h (N, D). Out: weights (N, K) float32; the chosen experts in the route record; counts (E,) int32 and lists (E, >= N) int32
-with the assignment numbers n * P + k of each expert, filled by atomic counters (so the order within a list varies from run to
+with the assignment numbers n * K + k of each expert, filled by atomic counters (so the order within a list varies from run to
 run; `moe.py` does not care). Rows whose place is negative are idle: they join no list, so they touch no expert.
 
 As `rl.policy.moe.Router`: fp32 scores (bf16 products are exact in the fp32 accumulator), bias for the choice only, a group
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, chained, follow
+from rl.rollout.kernels.layout import cdiv
 
 _ROWS, _PARTS = 16, 4  # rows of a program, parts of D
 
@@ -44,7 +44,6 @@ def _router_kernel(
     EXPERTS_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
-    SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -53,11 +52,9 @@ def _router_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Program (i, p): the p-th part of D for BLOCK_M rows. Whoever finishes last of a block's parts adds them up and routes:
     one multiprocessor alone would need 3 us just to read the gate matrix."""
-    follow(CHAINED)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
     expert = tl.arange(0, EXPERTS_POW2)
@@ -136,7 +133,7 @@ def _router_kernel(
         weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
     weights = weights * scaling
     tl.store(weights_ptr + rows[:, None] * TOP_K + rank, weights, mask=valid[:, None] & (rank < TOP_K))
-    tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * SLOTS + rank, mask=listed)
+    tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * TOP_K + rank, mask=listed)
 
 
 def router_scratch(max_rows: int, experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +147,6 @@ def route(
     h: torch.Tensor,
     router: Any,
     *,
-    num_shared: int,
     slots: torch.Tensor,
     places: torch.Tensor,
     weights: torch.Tensor,
@@ -171,9 +167,8 @@ def route(
         h, router.weight, router.e_score_correction_bias, weights, counts, lists, record, slots, places,
         partial, tickets, num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
         D=width, EXPERTS=experts, EXPERTS_POW2=max(16, triton.next_power_of_2(experts)),
-        TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k), SLOTS=top_k + num_shared,
+        TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k),
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
         PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
-        **chained(h),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, chained, follow
+from rl.rollout.kernels.layout import cdiv
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,7 @@ def _begin_kernel(
     num_rows,
     num_counts,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
-    follow(CHAINED)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(counts_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < num_counts)
     real = index < num_rows
@@ -85,9 +83,7 @@ def _finish_rows_kernel(
     CHUNKS: tl.constexpr,
     CHUNKS_POW2: tl.constexpr,
     STOPS_POW2: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
-    follow(CHAINED)
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS_POW2)
     real = chunk < CHUNKS
@@ -128,7 +124,6 @@ def begin(
     _begin_kernel[(cdiv(max(num_rows, num_counts), block),)](
         rows.own_len, rows.prompt_slot, rows.prompt_len, rows.done.view(torch.int8), *outputs,
         indices if counts is None else counts, num_rows, num_counts, BLOCK=block, num_warps=4,
-        **chained(indices),
     )  # fmt: skip
     return outputs
 
@@ -140,5 +135,5 @@ def finish(rows: Rows, floats: torch.Tensor, winners: torch.Tensor) -> None:
         floats[0], winners, floats[1], floats[2], floats[3], rows.token, rows.own_len, rows.done.view(torch.int8),
         rows.out_tokens, rows.out_logprobs, rows.stops, rows.row_limit, rows.out_tokens.shape[1] - 1, rows.stops.numel(),
         CHUNKS=chunks, CHUNKS_POW2=triton.next_power_of_2(chunks),
-        STOPS_POW2=triton.next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1, **chained(floats),
+        STOPS_POW2=triton.next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1,
     )  # fmt: skip

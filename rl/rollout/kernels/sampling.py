@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, chained, follow
+from rl.rollout.kernels.layout import cdiv
 
 _BLOCK = 1024
 _CHUNK = 8 * _BLOCK
@@ -62,10 +62,8 @@ def _race_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     FAST: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One row's ids of one chunk: the best score with its id and logit, and max and sum of the exponentials."""
-    follow(CHAINED)
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     inverse = tl.load(how_ptr)
@@ -139,7 +137,7 @@ def race(
     winners = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits.device)
     _race_kernel[(num_rows, chunks)](
         logits, seeds, steps, how, floats[0], winners, floats[1], floats[2], floats[3], vocab, logits.stride(0),
-        step_offset, BLOCK=_BLOCK, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=4, **chained(logits),
+        step_offset, BLOCK=_BLOCK, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=4,
     )  # fmt: skip
     return floats, winners
 

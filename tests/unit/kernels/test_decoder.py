@@ -49,7 +49,7 @@ def test_decode_equals_forward(name: str) -> None:
         for cache, rows in zip(prompt_cache, latents, strict=True):
             cache[g, : len(prompt)] = rows
     record = torch.zeros(5, 4, 2, 2, dtype=torch.uint8, device=DEVICE)
-    decoder = FusedDecoder(policy, max_rows=6, positions=16, prompt_tokens=6)
+    decoder = FusedDecoder(policy, max_rows=6, positions=16)
     tiles = torch.tensor(prompt_tiles([*groups, [4]], decoder.rows_per_tile, 5), dtype=torch.int32, device=DEVICE)
     lengths = [len(prompts[group_of[n]]) for n in range(4)]
     found = []
@@ -80,7 +80,7 @@ def test_decode_equals_forward(name: str) -> None:
 @torch.no_grad()
 def test_refresh_reads_new_weights_into_the_same_buffers() -> None:
     policy = small_policy("moonlight")
-    decoder = FusedDecoder(policy, max_rows=2, positions=4, prompt_tokens=2)
+    decoder = FusedDecoder(policy, max_rows=2, positions=4)
     before = [layer.joined.data_ptr() for layer in decoder.layers]
     policy.model.layers[1].self_attn.q_proj.weight.add_(1.0)
     decoder.refresh()

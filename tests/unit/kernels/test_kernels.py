@@ -11,7 +11,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.moe import Router
 from rl.policy.rope import RotaryEmbedding, rotate
 from rl.rollout import sampling as torch_sampling
-from rl.rollout.kernels import attention, moe, norm, projections, prompt_attention, reference, router, rows, sampling
+from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling
 from rl.rollout.kernels.decoder import prompt_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,13 +38,14 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "parts"), [(1, 32, 0), (3, 100, 1), (5, 64, 7)])
-def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int) -> None:
+@pytest.mark.parametrize(("rows", "width", "parts", "extra"), [(1, 32, 0, False), (3, 100, 1, False), (5, 64, 7, True)])
+def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int, extra: bool) -> None:
     x, weight = drawn(rows, width, dtype=dtype), drawn(width, dtype=dtype, seed=1)
     added = drawn(rows, parts, width, dtype=dtype, seed=2) if parts else None
-    residual, expected = reference.combine_norm(x, added, weight, 1e-5)
+    more = drawn(rows, width, dtype=dtype, seed=3) if extra else None
+    residual, expected = reference.combine_norm(x, added, more, weight, 1e-5)
     out = poison(rows, width, dtype=dtype)
-    norm.combine_norm(x, added, weight, 1e-5, out=out)
+    norm.combine_norm(x, added, more, weight, 1e-5, out=out)
     assert_near(out, expected, dtype)
     assert_near(x, residual, dtype)
 
@@ -59,41 +60,35 @@ ROUTINGS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 @pytest.mark.parametrize(
-    ("rows", "experts", "top_k", "shared", "width", "inner"),
-    [(1, 4, 2, 1, 32, 32), (7, 8, 3, 0, 64, 48), (37, 8, 2, 2, 96, 80)],
+    ("rows", "experts", "top_k", "width", "inner"), [(1, 4, 2, 32, 32), (7, 8, 3, 64, 48), (37, 8, 2, 96, 80)]
 )
 def test_grouped_experts(
-    dtype: torch.dtype, routing: str, rows: int, experts: int, top_k: int, shared: int, width: int, inner: int
+    dtype: torch.dtype, routing: str, rows: int, experts: int, top_k: int, width: int, inner: int
 ) -> None:
     routes = ROUTINGS[routing](rows, experts, top_k)
     x = drawn(rows, width, dtype=dtype)
     weights = drawn(rows, top_k, seed=1).abs()
     gate_up = drawn(experts, 2 * inner, width, dtype=dtype, seed=2, scale=width**-0.5)
     down = drawn(experts, width, inner, dtype=dtype, seed=3, scale=inner**-0.5)
-    extra = None
-    if shared:
-        shapes = [(shared * inner, width), (shared * inner, width), (width, shared * inner)]
-        extra = tuple(drawn(*s, dtype=dtype, seed=4 + i, scale=s[1] ** -0.5) for i, s in enumerate(shapes))
-    expected = reference.grouped_experts(x, routes, weights, gate_up, down, extra)
-    layer = moe.ExpertWeights(inner, gate_up, down, *(extra or (None, None, None)))
+    expected = reference.grouped_experts(x, routes, weights, gate_up, down)
     counts, lists = torch.zeros(experts, dtype=torch.int32), torch.zeros(experts, rows, dtype=torch.int32)
-    slots = top_k + shared
     for n in range(rows):
         for k, expert in enumerate(routes[n].tolist()):
-            lists[expert, counts[expert]] = n * slots + k
+            lists[expert, counts[expert]] = n * top_k + k
             counts[expert] += 1
     for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2))]:
-        act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
-        moe.grouped_experts(x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile)
+        act, out = poison(rows * top_k, inner, dtype=dtype), poison(rows, top_k, width, dtype=dtype)
+        moe.grouped_experts(
+            x, gate_up, down, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile
+        )
         assert_near(out.float().sum(1), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_gate_up(dtype: torch.dtype) -> None:
+def test_gated_rows(dtype: torch.dtype) -> None:
     x, gate, up = drawn(5, 48, dtype=dtype), drawn(72, 48, dtype=dtype, seed=1), drawn(72, 48, dtype=dtype, seed=2)
-    layer = moe.ExpertWeights(72, None, None, gate, up, None)
     act = poison(5, 72, dtype=dtype)
-    moe.gate_up_rows(x, layer, 0, None, None, act=act, tile=moe.default_tiles(5, 0, 0, dtype)[0])
+    moe.gated_rows(x, gate, up, act=act)
     expected = torch.nn.functional.silu(x.float() @ gate.float().t()) * (x.float() @ up.float().t())
     assert_near(act, expected, dtype)
 
@@ -148,40 +143,6 @@ def test_two_part_attention_is_one_softmax(
         projections.merge_and_expand(partial, lse, kv_b, nope=nope, out=out)
         w_uv = kv_b.view(heads, nope + value, latent)[:, nope:].float()
         assert_near(out.view(rows, heads, value), torch.einsum("nhc,hvc->nhv", expected, w_uv), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("heads", "latent", "rope", "groups", "prompt_lengths", "own_lengths"), CONTEXTS)
-def test_prompt_in_two_products(
-    dtype: torch.dtype,
-    splits: int,
-    heads: int,
-    latent: int,
-    rope: int,
-    groups: list[list[int]],
-    prompt_lengths: list[int],
-    own_lengths: list[int],
-) -> None:
-    rows, width = len(own_lengths), latent + rope
-    group_of = {row: g for g, members in enumerate(groups) for row in members}
-    q = drawn(rows, heads, width, dtype=dtype, scale=2.0)
-    prompt = drawn(len(groups) + 1, max(prompt_lengths) + 3, width, dtype=dtype, seed=1)
-    caches = [prompt[group_of[n] + 1, : prompt_lengths[group_of[n]]] for n in range(rows)]
-    expected = reference.attend(q, caches, latent, scale=width**-0.5)
-    partial = poison(rows, splits + 1, heads, latent, dtype=dtype)
-    lse = torch.full((rows, splits + 1, heads), -math.inf, device=DEVICE)
-    block_h = attention.head_block(heads, 4)
-    scratch = prompt_attention.PromptScratch.make(rows * heads, prompt.shape[1], dtype, DEVICE)
-    scratch.weights.fill_(math.nan)
-    prompt_attention.attend_prompt(
-        q, prompt, ints([group_of[n] + 1 for n in range(rows)]), ints([prompt_lengths[group_of[n]] for n in range(rows)]),
-        torch.tensor(prompt_tiles(groups, 4, rows + 1), dtype=torch.int32, device=DEVICE),
-        scale=width**-0.5, out=partial, lse=lse, first_split=1, splits=splits, block_h=block_h, scratch=scratch,
-    )  # fmt: skip
-    assert_near(reference.merge(partial, lse), expected, dtype)
-    total = [torch.logsumexp(q[n].float() @ caches[n].float().t() * width**-0.5, -1) for n in range(rows)]
-    assert_near(lse.logsumexp(1), torch.stack(total), torch.float32 if dtype == torch.float32 else dtype)
 
 
 def test_fixed_splits_do_not_depend_on_their_number() -> None:
@@ -269,7 +230,7 @@ def test_router(
     module = module.to(DEVICE).to(dtype)
     if module.e_score_correction_bias is not None:
         module.e_score_correction_bias.copy_(drawn(experts, seed=2, scale=0.1))
-    rows, shared = 21, 2
+    rows = 21
     h = drawn(rows, 72, dtype=dtype)
     with torch.no_grad():
         chosen, expected = module(h)
@@ -283,7 +244,7 @@ def test_router(
     for _ in range(2):  # twice: the scratch must be ready again
         counts.zero_()
         router.route(
-            h, module, num_shared=shared, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
+            h, module, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
             record=record[:, :, 1], scratch=scratch,
         )  # fmt: skip
     found = torch.stack([record[slots[n], places[n], 1].long() for n in range(rows)])
@@ -292,9 +253,8 @@ def test_router(
     order, other = found.argsort(), chosen.argsort()
     assert_near(weights.gather(1, order)[busy], expected.gather(1, other)[busy], torch.float32)
     assert record[:, :, 0].eq(255).all() and record[slots[5]].eq(255).all()
-    slots_per_row = top_k + shared
     for expert in range(experts):
-        members = {n * slots_per_row + int(k) for n in busy for k in (found[n] == expert).nonzero()}
+        members = {n * top_k + int(k) for n in busy for k in (found[n] == expert).nonzero()}
         assert set(lists[expert, : counts[expert]].tolist()) == members
     assert int(counts.sum()) == len(busy) * top_k
 
