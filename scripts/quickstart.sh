@@ -17,6 +17,7 @@ if [ "$cores" -ge 2 ] && find "$TORCH_EXTENSIONS_DIR" -name 'deepspeed_shm_comm*
 else
     launch=(accelerate launch --config_file recipes/accelerate_configs/cpu.yaml)
 fi
+if ! command -v nvidia-smi >/dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi
 echo "[quickstart] launching with: ${launch[*]}"
 echo "[quickstart] 1/2 cold start: imitate traces, most of which guess"
 "${launch[@]}" scripts/sft.py --config "$recipe" "$@"

@@ -99,6 +99,8 @@ class SFTSection(OptimizerSection):
     """Tokens a row may have, prompt and completion together."""
     overlong_rows: Literal["drop", "refuse"] = "drop"
     """Longer rows: drop and count them, or refuse to start."""
+    logging_steps: Positive = 10
+    """Optimizer steps between lines on the screen and records of the cold start."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.warmup_steps > self.steps:

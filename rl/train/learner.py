@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -95,6 +96,10 @@ def make_accelerator(dtype: torch.dtype) -> Accelerator:
     Raises ValueError when bfloat16 weights would be trained without fp32 master weights (that needs DeepSpeed, ZeRO >=
     1)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls functions that torch has renamed; its users can do nothing about that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if dtype == torch.bfloat16 and not wants_deepspeed:
         raise ValueError(

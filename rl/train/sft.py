@@ -67,7 +67,7 @@ class ColdStart:
             )
             for done in range(self.start_step + 1, section.steps + 1):
                 metrics = self.step(done - 1)
-                if done % recipe.logging.logging_steps == 0 or done == section.steps:
+                if done % section.logging_steps == 0 or done == section.steps:
                     log.log(done, metrics)
                 progress.update(loss=metrics["loss"])
                 elapsed_s = time.monotonic() - began
