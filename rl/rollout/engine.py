@@ -41,10 +41,9 @@ class Engine:
 
     max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
-    prefill_tokens: most prompt tokens in one forward. steps_per_look: decode steps between two looks of the host at
-    which rows have ended (None: 1, and 16 where steps are captured in CUDA graphs). batch_invariant: see the top of
-    this file. `stats` describes the last `generate`.
-    """
+    prefill_tokens: most prompt tokens in one forward (None: 8,192, on a GPU 32,768). steps_per_look: decode steps
+    between two looks of the host at which rows have ended (None: 1, and 16 where steps are captured in CUDA graphs).
+    batch_invariant: see the top of this file. `stats` describes the last `generate`. """
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class Engine:
         max_batch_size: int | None = None,
         cache_bytes: int | None = None,
         decode_text: Callable[[list[int]], str] | None = None,
-        prefill_tokens: int = 8192,
+        prefill_tokens: int | None = None,
         steps_per_look: int | None = None,
         batch_invariant: bool = False,
     ) -> None:
@@ -62,6 +61,8 @@ class Engine:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1, or null for as much as fits")
         if steps_per_look is None:
             steps_per_look = 16 if unsupported(policy) is None else 1
+        if prefill_tokens is None:
+            prefill_tokens = 32768 if policy.lm_head.weight.is_cuda else 8192
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_look", steps_per_look)):
             if value < 1:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1")

@@ -42,9 +42,13 @@ class Prefill:
     def run(self, groups: Sequence[Group]) -> dict[int, torch.Tensor]:
         """Prefill the prompts of `groups` into their prompt slots -> by group index, routes (P, Lm, K) on the host
         (none for a policy without experts)."""
+        chunks = self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids)))
+        used = [self._forward(chunk) for chunk in chunks]  # all queued before the first is read back
         routes: dict[int, torch.Tensor] = {}
-        for chunk in self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids))):
-            routes |= self._forward(chunk)
+        for chunk, on_device in zip(chunks, used, strict=True):
+            if on_device is not None:
+                parts = on_device.cpu().split([len(group.prompt_ids) for group in chunk])
+                routes |= {group.index: part for group, part in zip(chunk, parts, strict=True)}
         return routes
 
     def _chunks(self, groups: Sequence[Group]) -> list[list[Group]]:
@@ -59,7 +63,8 @@ class Prefill:
             room -= length
         return chunks
 
-    def _forward(self, groups: list[Group]) -> dict[int, torch.Tensor]:
+    def _forward(self, groups: list[Group]) -> torch.Tensor | None:
+        """-> routes of the packed prompts (T, Lm, K) on the device, or None."""
         device = self._cache.own.device
         lengths = [len(group.prompt_ids) for group in groups]
         tokens = torch.tensor([token for group in groups for token in group.prompt_ids], device=device)
@@ -74,7 +79,4 @@ class Prefill:
         self._cache.store_prompts(latents, places, self._columns)
         last = hidden.index_select(0, ends[1:].long() - 1)
         self.logits[torch.tensor(slots, device=device)] = self._policy.lm_head(last)
-        if routes is None:
-            return {}
-        parts = routes.to(self._routes_dtype).cpu().split(lengths)
-        return {group.index: part for group, part in zip(groups, parts, strict=True)}
+        return None if routes is None else routes.to(self._routes_dtype)

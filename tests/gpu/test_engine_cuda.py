@@ -1,4 +1,5 @@
-"""The engine on a GPU (Triton decode in CUDA graphs) against the same engine in plain torch, and against the trainer's forward."""
+"""The engine on a GPU (Triton decode in CUDA graphs) against the same engine in plain torch, and against the
+trainer's forward."""
 
 from collections.abc import Callable
 

@@ -1,10 +1,10 @@
-"""Absorbed-MLA decode attention over latent caches, split over the context (arXiv:2405.04434, section 2.1; the split and
-its merge as in Flash-Decoding).
+"""Absorbed-MLA decode attention over latent caches, split over the context (arXiv:2405.04434, section 2.1; the split
+and its merge as in Flash-Decoding).
 
-In: queries already mapped into the latent space, q (N, H, C + R), and caches whose rows are [normalised latent C | rotated
-key R], which serve as keys (all of it) and as values (the first C). Out: partial results of each split, (N, S, H, C) in
-the dtype of q and their log-sum-exp (N, S, H) float32, base e; `projections.merge_and_expand` weighs them together, so a
-softmax over the group's prompt and the row's own completion is one softmax.
+In: queries already mapped into the latent space, q (N, H, C + R), and caches whose rows are [normalised latent C |
+rotated key R], which serve as keys (all of it) and as values (the first C). Out: partial results of each split, (N,
+S, H, C) in the dtype of q and their log-sum-exp (N, S, H) float32, base e; `projections.merge_and_expand` weighs them
+together, so a softmax over the group's prompt and the row's own completion is one softmax.
 
 A program handles one tile: up to `rows_per_tile` rows that attend to the same cached tokens, times their heads, against
 one split of these tokens. Own completions: one row a tile. A group's prompt: several rows a tile, so that the
@@ -13,10 +13,9 @@ prompt is read once for all of them. Which rows form a tile is a device table, s
     tiles (tiles, rows_per_tile) int32: row numbers, -1 where there is none; None means tile i holds row i alone
     slots (N,) int32: cache slot of each row (rows of one tile have the same)      lengths (N,) int32: cached tokens
 
-Splits divide each row's own length evenly (in whole blocks), so they are balanced whatever the length; a split beyond the
-end writes -inf as its log-sum-exp and leaves its result untouched. With `split_tokens` instead, a split has a fixed size:
-results then do not depend on how many splits the batch affords (batch-invariant mode).
-"""
+Splits divide each row's own length evenly (in whole blocks), so they are balanced whatever the length; a split beyond
+the end writes -inf as its log-sum-exp and leaves its result untouched. With `split_tokens` instead, a split has a
+fixed size: results then do not depend on how many splits the batch affords (batch-invariant mode). """
 
 from __future__ import annotations
 

@@ -40,10 +40,9 @@ class StepInputs:
     """N rows of one step, all int32 on the device except tokens (int64).
 
     tokens: fed now. positions: their place in prompt + completion. slots: own cache slot. places: index within it
-    where the new cache row goes, -1 for an idle row. own_lengths: own tokens to attend to, the new one included (0: idle).
-    prompt_slots, prompt_lengths: the group's prompt. tiles (M, rows_per_tile): rows that share a prompt, -1 padded; every row
-    of the batch stands in exactly one tile.
-    """
+    where the new cache row goes, -1 for an idle row. own_lengths: own tokens to attend to, the new one included (0:
+    idle). prompt_slots, prompt_lengths: the group's prompt. tiles (M, rows_per_tile): rows that share a prompt, -1
+    padded; every row of the batch stands in exactly one tile. """
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -65,7 +64,8 @@ class _Layer:
 
 
 class FusedDecoder:
-    """policy: `rl.policy.model.Policy` on CUDA in bf16 or fp32. max_rows: largest N. positions: longest prompt + completion."""
+    """policy: `rl.policy.model.Policy` on CUDA in bf16 or fp32. max_rows: largest N. positions: longest prompt +
+    completion."""
 
     def __init__(self, policy: Any, *, max_rows: int, positions: int) -> None:
         self.policy, self.config = policy, policy.config

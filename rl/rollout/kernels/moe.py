@@ -48,7 +48,8 @@ def _assignments_of_tile(
     EXPERTS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """-> expert of the tile-th tile (NUM_EXPERTS: there is none), assignment numbers of its rows, which of them exist."""
+    """-> expert of the tile-th tile (NUM_EXPERTS: there is none), assignment numbers of its rows, which of them
+    exist."""
     ids = tl.arange(0, EXPERTS_POW2)
     counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
@@ -83,8 +84,8 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act[a, i] = silu(x . gate_i) * (x . up_i) * weight of assignment a; one program does BLOCK_N columns i of one tile of
-    rows. NUM_EXPERTS = 0: an ordinary MLP, row n is assignment n, no weight."""
+    """act[a, i] = silu(x . gate_i) * (x . up_i) * weight of assignment a; one program does BLOCK_N columns i of one
+    tile of rows. NUM_EXPERTS = 0: an ordinary MLP, row n is assignment n, no weight."""
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // n_tiles
     column = (tl.program_id(0) % n_tiles) * BLOCK_N
@@ -192,9 +193,9 @@ def grouped_experts(
     out: torch.Tensor,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
-    """x: (N, D); gate_up: (E, 2I, D); down: (E, D, I); weights: (N, K) float32; counts: (E,) int32; lists: (E, >= N) int32
-    assignment numbers; act: scratch (N * K, I) -> out (N, K, D), whose sum over K is the layer's output. x and the expert
-    tensors share one dtype and are contiguous; rows that are in no list keep what `out` held."""
+    """x: (N, D); gate_up: (E, 2I, D); down: (E, D, I); weights: (N, K) float32; counts: (E,) int32; lists: (E, >= N)
+    int32 assignment numbers; act: scratch (N * K, I) -> out (N, K, D), whose sum over K is the layer's output. x and
+    the expert tensors share one dtype and are contiguous; rows that are in no list keep what `out` held."""
     num_rows, width = x.shape
     top_k, (experts, _, inner) = weights.shape[1], down.shape
     first, second = tiles or default_tiles(num_rows * top_k / experts, x.dtype)
@@ -215,7 +216,8 @@ def grouped_experts(
 
 
 def gated_rows(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, act: torch.Tensor) -> torch.Tensor:
-    """An ordinary MLP's first half (a dense layer's, or the shared experts'): act (N, I) = silu(x gate^T) * (x up^T)."""
+    """An ordinary MLP's first half (a dense layer's, or the shared experts'): act (N, I) = silu(x gate^T) * (x
+    up^T)."""
     num_rows, width = x.shape
     tile = default_tiles(num_rows, x.dtype)[0]
     _gate_up_kernel[(cdiv(num_rows, tile.rows) * cdiv(gate.shape[0], tile.out),)](

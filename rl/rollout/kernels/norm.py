@@ -1,9 +1,8 @@
 """Residual sum and RMSNorm in one pass: x += the last block's output; h = x / rms(x) * weight.
 
 In: residual x (N, D), parts (N, P, D) of that output (the chosen experts', or one: an attention block's) and optionally
-extra (N, D) (the shared experts'). Out: x in place and h (N, D). Parts are summed in fp32; the roundings are those of the
-trainer: sum of the parts, plus extra, plus x, each to the dtype, and the norm of what was rounded.
-"""
+extra (N, D) (the shared experts'). Out: x in place and h (N, D). Parts are summed in fp32; the roundings are those of
+the trainer: sum of the parts, plus extra, plus x, each to the dtype, and the norm of what was rounded. """
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """The two ends of absorbed attention: queries into the latent space (with RoPE and the cache write), and back out.
 
-`absorb` takes the projected queries and the projected [latent | key] of N new tokens. It writes q (N, H, C + R): q_nope W_UK and
-the rotated part, and puts [RMSNorm(latent) | rotated key] into the cache row of the token. `merge_and_expand` weighs the
-splits of `attention.attend` by their log-sum-exp and applies W_UV. W_UK (H, nope, C) and W_UV (H, v, C) are views of
-kv_b_proj.weight (rows h * (nope + v) ...), no copies. RoPE turns pairs from interleaved or halves layout into halves, as
-`rl.policy.rope.rotate`, with the same fp32 tables.
-"""
+`absorb` takes the projected queries and the projected [latent | key] of N new tokens. It writes q (N, H, C + R):
+q_nope W_UK and the rotated part, and puts [RMSNorm(latent) | rotated key] into the cache row of the token.
+`merge_and_expand` weighs the splits of `attention.attend` by their log-sum-exp and applies W_UV. W_UK (H, nope, C)
+and W_UV (H, v, C) are views of kv_b_proj.weight (rows h * (nope + v) ...), no copies. RoPE turns pairs from
+interleaved or halves layout into halves, as `rl.policy.rope.rotate`, with the same fp32 tables. """
 
 from __future__ import annotations
 
@@ -48,8 +47,8 @@ def _absorb_kernel(
     CACHE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first programs write the cache rows of CACHE_ROWS tokens each; of the others each does BLOCK_M tokens of one head,
-    either BLOCK_C of its latent columns or its rotated part."""
+    """The first programs write the cache rows of CACHE_ROWS tokens each; of the others each does BLOCK_M tokens of
+    one head, either BLOCK_C of its latent columns or its rotated part."""
     cache_programs = (num_rows + CACHE_ROWS - 1) // CACHE_ROWS
     program = tl.program_id(0)
     if program < cache_programs:
@@ -233,7 +232,8 @@ def merge_and_expand(
     block = 64 if num_rows >= 512 and not exact else 16  # taller blocks read W_UV less often
     _merge_kernel[(cdiv(num_rows, block), heads)](
         partial, lse, kv_b, out, num_rows,
-        SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope, V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
+        SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope,
+        V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
         BLOCK_M=block, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
         PRECISION=dot_precision(partial.dtype), num_warps=8 if block == 64 else 4, num_stages=2,
     )  # fmt: skip

@@ -1,12 +1,13 @@
-"""Router and dispatch in one kernel: scores, group-limited top-k, weights, the record of the choice, and each expert's list.
+"""Router and dispatch in one kernel: scores, group-limited top-k, weights, the record of the choice, and each
+expert's list.
 
-In: h (N, D). Out: weights (N, K) float32; the chosen experts in the route record; counts (E,) int32 and lists (E, >= N) int32
-with the assignment numbers n * K + k of each expert, filled by atomic counters (so the order within a list varies from run to
-run; `moe.py` does not care). Rows whose place is negative are idle: they join no list, so they touch no expert.
+In: h (N, D). Out: weights (N, K) float32; the chosen experts in the route record; counts (E,) int32 and lists (E, >=
+N) int32 with the assignment numbers n * K + k of each expert, filled by atomic counters (so the order within a list
+varies from run to run; `moe.py` does not care). Rows whose place is negative are idle: they join no list, so they
+touch no expert.
 
-As `rl.policy.moe.Router`: fp32 scores (bf16 products are exact in the fp32 accumulator), bias for the choice only, a group
-counts by its two best biased scores (sigmoid) or its best (softmax).
-"""
+As `rl.policy.moe.Router`: fp32 scores (bf16 products are exact in the fp32 accumulator), bias for the choice only, a
+group counts by its two best biased scores (sigmoid) or its best (softmax). """
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def _router_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, p): the p-th part of D for BLOCK_M rows. Whoever finishes last of a block's parts adds them up and routes:
-    one multiprocessor alone would need 3 us just to read the gate matrix."""
+    """Program (i, p): the p-th part of D for BLOCK_M rows. Whoever finishes last of a block's parts adds them up and
+    routes: one multiprocessor alone would need 3 us just to read the gate matrix."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
     expert = tl.arange(0, EXPERTS_POW2)
@@ -84,7 +85,8 @@ def _router_kernel(
         tl.store(tickets_ptr + block, 0)
         logits = tl.zeros((BLOCK_M, EXPERTS_POW2), tl.float32)
         for other in tl.static_range(PARTS):
-            logits += tl.load(partial_ptr + other * part_size + places, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+            theirs = partial_ptr + other * part_size + places
+            logits += tl.load(theirs, mask=valid[:, None], other=0.0, cache_modifier=".cg")
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -170,5 +172,6 @@ def route(
         TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k),
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
-        PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=3,
+        PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32",
+        num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """The two ends of a captured step on the row state: what the rows feed now, and what becomes of the tokens drawn.
 
-`begin` turns the state (lengths, done flags) into the step's int32 indices and clears the experts' counters. `finish` ends the
-draw of `sampling.py`: it merges the chunks of each row's vocabulary, writes token and log-probability behind the row's
-outputs, counts its length up and decides whether it has ended (a stop token, or `row_limit` tokens). A row that had ended
-before stands still; what it draws lands in the spare place behind its end, where its last step put it too.
-"""
+`begin` turns the state (lengths, done flags) into the step's int32 indices and clears the experts' counters. `finish`
+ends the draw of `sampling.py`: it merges the chunks of each row's vocabulary, writes token and log-probability behind
+the row's outputs, counts its length up and decides whether it has ended (a stop token, or `row_limit` tokens). A row
+that had ended before stands still; what it draws lands in the spare place behind its end, where its last step put it
+too. """
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from rl.rollout.kernels.layout import cdiv
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Views of `rl.rollout.state.RowState`, row r in slot r. token, own_len, prompt_slot, prompt_len, seed, row_limit: (S,) int64;
-    done: (S,) bool; out_tokens: (S, limit + 1) int64; out_logprobs: (S, limit + 1) float32; stops: (any,) int64."""
+    """Views of `rl.rollout.state.RowState`, row r in slot r. token, own_len, prompt_slot, prompt_len, seed,
+    row_limit: (S,) int64; done: (S,) bool; out_tokens: (S, limit + 1) int64; out_logprobs: (S, limit + 1) float32;
+    stops: (any,) int64."""
 
     token: torch.Tensor
     own_len: torch.Tensor
@@ -133,7 +134,8 @@ def finish(rows: Rows, floats: torch.Tensor, winners: torch.Tensor) -> None:
     num_rows, chunks = winners.shape
     _finish_rows_kernel[(num_rows,)](
         floats[0], winners, floats[1], floats[2], floats[3], rows.token, rows.own_len, rows.done.view(torch.int8),
-        rows.out_tokens, rows.out_logprobs, rows.stops, rows.row_limit, rows.out_tokens.shape[1] - 1, rows.stops.numel(),
+        rows.out_tokens, rows.out_logprobs, rows.stops, rows.row_limit,
+        rows.out_tokens.shape[1] - 1, rows.stops.numel(),
         CHUNKS=chunks, CHUNKS_POW2=triton.next_power_of_2(chunks),
         STOPS_POW2=triton.next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Temperature, log-sum-exp and the Gumbel-max draw in one pass over the logits.
 
-In: logits (N, V), seeds and steps (N,) int64, and a two-number device tensor [1 / temperature, noise] (greedy: [1, 0]), so
-that one captured graph serves every temperature. Out: token (N,) int64 and its log-probability (N,) float32. The noise is
-that of `rl.rollout.sampling` (SplitMix64 of row key and vocabulary id), so torch draws the same tokens but where two
-candidates tie within rounding. Truncated sampling (top-p, top-k, min-p) sorts, and stays with torch.
+In: logits (N, V), seeds and steps (N,) int64, and a two-number device tensor [1 / temperature, noise] (greedy: [1,
+0]), so that one captured graph serves every temperature. Out: token (N,) int64 and its log-probability (N,) float32.
+The noise is that of `rl.rollout.sampling` (SplitMix64 of row key and vocabulary id), so torch draws the same tokens
+but where two candidates tie within rounding. Truncated sampling (top-p, top-k, min-p) sorts, and stays with torch.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def _log(x, FAST: tl.constexpr):
     """ln x; FAST: the special-function unit's log2, good to 2^-22 near 1 and far better than the draw needs."""
     if FAST:
         log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        return log2 * 0.6931471805599453
+        result = log2 * 0.6931471805599453
     else:
-        return tl.log(x)
+        result = tl.log(x)
+    return result
 
 
 @triton.jit
@@ -107,8 +108,9 @@ def _race_kernel(
 
 @triton.jit
 def _finish_kernel(
-    best_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, tokens_ptr, logprobs_ptr, CHUNKS: tl.constexpr, POW2: tl.constexpr
-):
+    best_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, tokens_ptr, logprobs_ptr,
+    CHUNKS: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     chunk = tl.arange(0, POW2)
     real = chunk < CHUNKS
@@ -129,8 +131,8 @@ def _finish_kernel(
 def race(
     logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, how: torch.Tensor, *, step_offset: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pass over the logits: -> floats (4, N, chunks): best score, its logit, top logit, sum of exponentials; winning
-    ids (N, chunks) int32. Randomness is that of step `steps[n] + step_offset`."""
+    """The pass over the logits: -> floats (4, N, chunks): best score, its logit, top logit, sum of exponentials;
+    winning ids (N, chunks) int32. Randomness is that of step `steps[n] + step_offset`."""
     num_rows, vocab = logits.shape
     chunks = cdiv(vocab, _CHUNK)
     floats = torch.empty(4, num_rows, chunks, dtype=torch.float32, device=logits.device)
@@ -145,7 +147,8 @@ def race(
 def draw(
     logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, how: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (N, V), last axis contiguous; seeds, steps (N,) int64; how (2,) float32 -> token int64, logprob float32."""
+    """logits (N, V), last axis contiguous; seeds, steps (N,) int64; how (2,) float32 -> token int64, logprob
+    float32."""
     num_rows = logits.shape[0]
     floats, winners = race(logits, seeds, steps, how)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -1,4 +1,5 @@
-"""Every decode kernel against its few lines of torch, at awkward sizes: on the GPU if there is one, else interpreted."""
+"""Every decode kernel against its few lines of torch, at awkward sizes: on the GPU if there is one, else
+interpreted."""
 
 import math
 
@@ -51,7 +52,7 @@ def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int, ext
 
 
 ROUTINGS = {
-    "random": lambda n, e, k: torch.stack([torch.randperm(e, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)]),
+    "random": lambda n, e, k: torch.rand(n, e, generator=torch.Generator().manual_seed(n)).topk(k).indices,
     "all_to_one": lambda n, e, k: torch.arange(k).expand(n, k),
     "last_experts_empty": lambda n, e, k: torch.stack([(torch.arange(k) + i) % (e // 2) for i in range(n)]),
 }
@@ -167,7 +168,8 @@ def test_idle_rows_give_zeros_not_nan() -> None:
 
 def rope_config(interleave: bool, rope: int) -> PolicyConfig:
     return PolicyConfig(
-        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=3, kv_lora_rank=40, qk_rope_head_dim=rope,
+        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=3, kv_lora_rank=40,
+        qk_rope_head_dim=rope,
         qk_nope_head_dim=20, v_head_dim=24, intermediate_size=32, rope_interleave=interleave,
     )  # fmt: skip
 
@@ -188,8 +190,9 @@ def test_absorb_writes_queries_and_cache(dtype: torch.dtype, interleave: bool, r
     cache = torch.zeros(rows, 4, latent + rope, dtype=dtype, device=DEVICE)
     out = poison(rows, heads, latent + rope, dtype=dtype)
     projections.absorb(
-        q, kv, kv_b, gain, (cos, sin), positions, slots, places, cache, nope=nope, interleave=interleave, eps=1e-6, out=out
-    )
+        q, kv, kv_b, gain, (cos, sin), positions, slots, places, cache,
+        nope=nope, interleave=interleave, eps=1e-6, out=out,
+    )  # fmt: skip
     by_head = q.view(rows, heads, nope + rope)
     angles = (cos[positions.long()], sin[positions.long()])
     w_uk = kv_b.view(heads, nope + value, latent)[:, :nope].float()
@@ -304,7 +307,7 @@ def test_begin_and_finish_keep_the_row_state() -> None:
 
     state = rows.Rows(
         token=longs([1, 1, 1, 1]), own_len=longs([0, 1, 2, 1]), prompt_slot=longs([0, 0, 1, 1]),
-        prompt_len=longs([5, 5, 9, 9]), seed=longs([1, 2, 3, 4]), done=torch.tensor([False, False, False, True], device=DEVICE),
+        prompt_len=longs([5, 5, 9, 9]), seed=longs([1, 2, 3, 4]), done=longs([0, 0, 0, 1]).bool(),
         out_tokens=torch.zeros(count, limit + 1, dtype=torch.int64, device=DEVICE),
         out_logprobs=torch.zeros(count, limit + 1, device=DEVICE), stops=longs([7, 30]), row_limit=longs([4, 4, 4, 4]),
     )  # fmt: skip
