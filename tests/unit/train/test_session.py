@@ -47,7 +47,7 @@ def test_random_policy_gets_its_vocabulary_from_the_tokenizer() -> None:
 
 def test_a_tokenizer_larger_than_the_policy_is_refused() -> None:
     model = load_recipe(RECIPE, ["--model.from_config.vocab_size", "20"]).model
-    with pytest.raises(ValueError, match="32 tokens.*20"):
+    with pytest.raises(ValueError, match=r"32 tokens.*20"):
         session.make_policy(model, load_tokenizer(model), seed=0, device=torch.device("cpu"))
     assert isinstance(model, ModelSection)
 
