@@ -36,6 +36,11 @@ from rewards.worker import receive_frame, send_frame
 Status = Literal["ok", "timeout", "memory", "error"]
 
 _LOAD_LIMIT_S = 120.0
+# What damaged or forged pickles raise, by the documentation of the module and by trying.
+_UNREADABLE = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError,
+    ValueError,
+)  # fmt: skip
 _PLAIN_CLASSES = {("rewards.base", "Score")}
 
 
@@ -78,7 +83,7 @@ class VerifierPool:
     def submit(
         self, function: str, arguments: tuple[Any, ...], *, time_limit_s: float | None = None
     ) -> Future[Outcome]:
-        """Queue one call; the future never raises, the outcome tells. Waiting in the queue does not count as time."""
+        """Queue one call; what goes wrong with it is told by the outcome. Waiting in the queue does not count as time."""
         limit = self.time_limit_s if time_limit_s is None else _checked_limit(time_limit_s)
         if os.getpid() != self._owner:
             raise RuntimeError(
@@ -133,7 +138,12 @@ class VerifierPool:
             if self._closed:
                 job.future.set_result(Outcome(None, "error", 0.0, "the pool was closed before this job ran"))
             elif job.future.set_running_or_notify_cancel():
-                job.future.set_result(slot.run(job))
+                try:
+                    outcome = slot.run(job)
+                except BaseException as bug:  # ours; without this the caller would wait for ever
+                    job.future.set_exception(bug)
+                    raise
+                job.future.set_result(outcome)
 
 
 @dataclass(slots=True)
@@ -313,8 +323,8 @@ def _read_reply(sock: socket.socket) -> tuple[Status, Any, str]:
     frame = receive_frame(sock)
     try:
         status, value, error = _PlainUnpickler(io.BytesIO(frame)).load()
-    except pickle.UnpicklingError as refused:
-        return "error", None, str(refused)
+    except _UNREADABLE as refused:
+        return "error", None, f"the reply could not be read: {refused}"
     return status, value, error
 
 

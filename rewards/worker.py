@@ -36,6 +36,7 @@ from rewards.registry import load_function
 
 _PR_SET_PDEATHSIG = 1
 _OWNER_POLL_S = 1.0
+_LARGEST_FRAME = 1 << 29
 _CPU_GRACE_S = 2
 _EXIT_POLLS = 50
 
@@ -46,8 +47,10 @@ def send_frame(sock: socket.socket, payload: bytes) -> None:
 
 
 def receive_frame(sock: socket.socket) -> bytes:
-    """The next message sent with `send_frame`. EOFError when the other side has gone."""
+    """The next message sent with `send_frame`. EOFError when the other side has gone, OSError for an absurd length."""
     (length,) = struct.unpack("<I", _receive_exactly(sock, 4))
+    if length > _LARGEST_FRAME:
+        raise OSError(f"a message of {length} bytes; at most {_LARGEST_FRAME} are allowed")
     return _receive_exactly(sock, length)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.pool import VerifierPool, default_workers, shared_pool
+from rewards.pool import VerifierPool, _read_reply, default_workers, shared_pool
+from rewards.worker import send_frame
 
 REPOSITORY = Path(__file__).parents[3]
 POWER_TOWER = (9, 9**9)  # pow holds the interpreter's lock for hours; no signal handler would ever run
@@ -84,6 +86,28 @@ def test_replies_hold_plain_data_only(pool: VerifierPool, functions: str) -> Non
     nested = {"a": [1, 2.5, None, True, ("x", b"y")], "b": {1, 2}}
     assert pool.map(f"{functions}:echo", [(nested,)])[0].value == nested
     assert pool.map(f"{functions}:noisy", [()])[0].value == 1  # neither print nor stdin touch the channel
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"x",
+        b"\x80\x04",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"]",
+        b"I1\n.",
+        b"\x80\x04N.",
+        b"(lp0\n0.",
+        b"\x94\x92\x86.",
+    ],
+)
+def test_forged_replies_are_errors_of_the_job(frame: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send_frame(theirs, frame)
+        status, value, error = _read_reply(ours)
+    assert (status, value) == ("error", None) and "could not be read" in error
 
 
 def test_names_that_do_not_exist_are_errors_of_the_job(pool: VerifierPool) -> None:
