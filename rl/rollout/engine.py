@@ -43,7 +43,7 @@ class Engine:
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
     prefill_tokens: most prompt tokens in one forward (None: 8,192, on a GPU 32,768). steps_per_look: decode steps
     between two looks of the host at which rows have ended (None: 1, and 16 where steps are captured in CUDA graphs).
-    batch_invariant: see the top of this file. `stats` describes the last `generate`. """
+    batch_invariant: see the top of this file. `stats` describes the last `generate`."""
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 In: the trainer's policy module, at each `generate`. Out: views of its parameters, plus a few buffers derived from them:
 the query and latent projections joined into one matrix, gate and up of dense MLPs joined, and (fp32 only) the absorbed
-projections W_UK and W_UV multiplied into their neighbours where the product is not larger than its factors. In bf16 the
-absorption stays two steps, since rounding a product matrix would move the sampler away from the trainer.
+projections W_UK and W_UV multiplied into their neighbours where the product is not much larger than its factors. In
+bf16 the absorption stays two steps, since rounding a product matrix would move the sampler away from the trainer.
 
 `DecodeWeights.derived_bytes` and `.build_s` state the cost; experts, embedding and output matrix are never copied.
 """
@@ -19,6 +19,9 @@ import torch
 
 from rl.policy.mla import absorb
 from rl.policy.rope import softmax_scale
+
+# A product matrix may be so many times larger than its factors: at small sizes a call costs more than its arithmetic.
+_FOLD_UP_TO = 2
 
 
 @dataclass(slots=True)
@@ -129,13 +132,13 @@ def _layer(layer: Any, config: Any, interleave: bool, owned: list[torch.Tensor])
     fold = query.dtype == torch.float32
     absorb_k: torch.Tensor | None = absorbed.w_uk
     absorb_v: torch.Tensor | None = absorbed.w_uv.transpose(1, 2)
-    if fold and query.shape[1] * rank <= nope * (query.shape[1] + rank):
+    if fold and query.shape[1] * rank <= _FOLD_UP_TO * nope * (query.shape[1] + rank):
         by_head = query.view(heads, nope + rope, -1)
         folded = torch.bmm(absorbed.w_uk.transpose(1, 2), by_head[:, :nope])
         query = torch.cat((folded, by_head[:, nope:]), dim=1).reshape(heads * (rank + rope), -1)
         absorb_k = None
     output = attention.o_proj.weight
-    if fold and output.shape[0] * rank <= value * (output.shape[0] + rank):
+    if fold and output.shape[0] * rank <= _FOLD_UP_TO * value * (output.shape[0] + rank):
         folded = torch.bmm(output.view(-1, heads, value).transpose(0, 1), absorbed.w_uv)
         output, absorb_v = _own(folded.transpose(0, 1).reshape(-1, heads * rank), owned), None
     if compressed:

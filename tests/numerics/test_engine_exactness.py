@@ -9,6 +9,7 @@ import torch
 from rl.policy.config import PolicyConfig, YarnScaling
 from rl.policy.model import Policy, init_policy
 from rl.rollout.engine import Engine
+from rl.rollout.native import library
 from rl.rollout.sampling import Sampler, exponential_noise, row_keys, sampling_logprobs
 from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
 
@@ -35,6 +36,17 @@ V2 = PolicyConfig(
     n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=2, n_group=3, topk_group=2,
     topk_method="group_limited_greedy",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def decode_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both forms of the CPU's decode step."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "load", lambda: None)
+    elif library.load() is None:
+        pytest.skip("no C compiler that takes decode.c")
+
+
 CONFIGS = {"v3": V3, "wide": WIDE, "dense": DENSE, "v2": V2}
 
 

@@ -22,6 +22,15 @@ import torch
 
 _SOURCE = Path(__file__).with_name("decode.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+# Arguments of each function of decode.c: pointer, 64-bit integer, float.
+_SIGNATURES = {
+    "rms_norm": "ppfpiii",
+    "split_joined": "piiipfppfppipii",
+    "attend": "pppippippipiiiifi",
+    "gather_by_expert": "piiipippp",
+    "silu_mul": "ppiii",
+    "add_experts": "ppppiiii",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -77,41 +86,12 @@ class NativeDecode:
     """All tensors are fp32 on the CPU and contiguous unless said otherwise; loops use torch's number of threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        signatures = {
-            "rms_norm": [pointer] * 2 + [number, pointer] + [integer] * 3,
-            "split_joined": [
-                pointer,
-                *([integer] * 3),
-                pointer,
-                number,
-                *([pointer] * 2),
-                number,
-                *([pointer] * 2),
-                integer,
-                pointer,
-                *([integer] * 2),
-            ],
-            "attend": [
-                *([pointer] * 3),
-                integer,
-                *([pointer] * 2),
-                integer,
-                *([pointer] * 2),
-                integer,
-                pointer,
-                *([integer] * 4),
-                number,
-                integer,
-            ],
-            "gather_by_expert": [pointer, *[integer] * 3, pointer, integer, *[pointer] * 3],
-            "silu_mul": [*[pointer] * 2, *[integer] * 3],
-            "add_experts": [*[pointer] * 4, *[integer] * 4],
-        }
+        kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+        signatures = {name: [kinds[kind] for kind in text] for name, text in _SIGNATURES.items()}
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        library.gather_by_expert.restype = integer
+        library.gather_by_expert.restype = ctypes.c_int64
         self._library = library
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

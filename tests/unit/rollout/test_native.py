@@ -1,0 +1,120 @@
+"""decode.c against torch at awkward sizes: widths that are no multiple of a vector, three heads, one row, one token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rl.policy.moe import experts_reference
+from rl.rollout import ops
+from rl.rollout.native import library
+
+native = library.load()
+pytestmark = pytest.mark.skipif(native is None, reason="no C compiler that takes decode.c")
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (5, 64), (4, 130)])
+def test_rms_norm(rows: int, width: int) -> None:
+    x, weight = random(rows, width), random(width)
+    torch.testing.assert_close(native.rms_norm(x, weight, 1e-5), F.rms_norm(x, (width,), weight, 1e-5))
+    assert native.rms_norm(torch.zeros(1, width), weight, 1e-6).eq(0).all()
+
+
+def test_silu_mul_over_the_whole_range() -> None:
+    gate = torch.cat((torch.linspace(-120, 120, 4001), random(101)))
+    up = random(gate.shape[0])
+    result = native.silu_mul(torch.cat((gate, up))[None])[0]
+    torch.testing.assert_close(result, F.silu(gate) * up, rtol=3e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope"), [(4, 32, 32), (3, 6, 4), (1, 16, 16), (5, 16, 16), (8, 64, 16), (2, 33, 6)]
+)
+@pytest.mark.parametrize("turned", [True, False])
+def test_attend(heads: int, rank: int, rope: int, turned: bool) -> None:
+    rows, width = 7, rank + rope
+    prompt_slot, prompt_lens = torch.tensor([2, 0, 2, 1, 2, 0, 1]), torch.tensor([1, 33, 9])
+    own_len = torch.tensor([1, 2, 3, 4, 5, 40, 17])
+    q, own, prompt = random(rows, heads, width), random(9, 40, width), random(3, 64, width)
+    turns = torch.polar(torch.ones(rows, rope // 2), random(rows, rope // 2))
+    result = native.attend(
+        q, turns if turned else None, own, own_len, prompt, prompt_slot, prompt_lens[prompt_slot], rank=rank, scale=0.3
+    )
+    if turned:
+        ops.rotate(q[..., rank:], turns)
+    for r in range(rows):
+        keys = torch.cat((prompt[prompt_slot[r], : prompt_lens[prompt_slot[r]]], own[r, : own_len[r]]))
+        expected = F.softmax(q[r] @ keys.t() * 0.3, dim=-1) @ keys[:, :rank]
+        torch.testing.assert_close(result[r], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_attend_survives_scores_of_a_thousand() -> None:
+    q, keys = torch.full((1, 4, 32), 30.0), torch.ones(1, 20, 32)
+    keys[0, 7] = 2.0
+    one, slot = torch.tensor([1]), torch.tensor([0])
+    result = native.attend(q, None, keys, torch.tensor([20]), keys, slot, one, rank=16, scale=1.0)
+    torch.testing.assert_close(result, torch.full((1, 4, 16), 2.0))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_split_joined_writes_the_cache(compressed: bool) -> None:
+    rows, query, rank, rope = 5, 11, 6, 4
+    joined, own = random(rows, query + rank + rope), random(rows, 9, rank + rope)
+    before, positions = own.clone(), torch.tensor([0, 8, 3, 3, 1])
+    turns = torch.polar(torch.ones(rows, rope // 2), random(rows, rope // 2))
+    weight, latent_weight = random(query), random(rank)
+    result = native.split_joined(
+        joined, (weight, 1e-6) if compressed else None, (latent_weight, 1e-6), turns, own, positions
+    )
+    plain = joined[:, :query]
+    torch.testing.assert_close(result, F.rms_norm(plain, (query,), weight, 1e-6) if compressed else plain.contiguous())
+    for r in range(rows):
+        ops.write_latent(
+            joined[r : r + 1, query:].clone(), latent_weight, 1e-6, turns[r : r + 1], before,
+            torch.tensor([r]), positions[r : r + 1],
+        )  # fmt: skip
+    torch.testing.assert_close(own, before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("spread", ["random", "one expert"])
+def test_experts(rows: int, spread: str) -> None:
+    gate_up, down, x = random(6, 16, 12), random(6, 12, 8), random(rows, 12)
+    weights = torch.rand(rows, 2)
+    experts = torch.stack([torch.randperm(6)[:2] for _ in range(rows)])
+    if spread == "one expert":
+        experts = torch.tensor([5, 0]).repeat(rows, 1)
+    gathered, offsets, place, fewest = native.gather_by_expert(x, experts, 6, spare=ops.MIN_MATMUL_ROWS)
+    counts = torch.bincount(experts.view(-1), minlength=6)
+    assert offsets.tolist() == counts.cumsum(0).tolist() and fewest == counts[counts > 0].min()
+    assert torch.equal(gathered[place.long()], x[:, None].expand(-1, 2, -1))
+    hidden = native.silu_mul(ops.rows_by_expert(gathered, gate_up, offsets, fewest))
+    parts = ops.rows_by_expert(hidden, down, offsets, fewest)
+    result = native.add_experts(x.clone(), parts, place, weights)
+    torch.testing.assert_close(result, x + experts_reference(x, experts, weights, gate_up, down), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert library.load.__wrapped__() is None
+
+
+def test_a_source_that_does_not_compile_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    broken = tmp_path / "decode.c"
+    broken.write_text("not C")
+    monkeypatch.setattr(library, "_SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.load.__wrapped__() is None
