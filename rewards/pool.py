@@ -83,7 +83,7 @@ class VerifierPool:
     def submit(
         self, function: str, arguments: tuple[Any, ...], *, time_limit_s: float | None = None
     ) -> Future[Outcome]:
-        """Queue one call; what goes wrong with it is told by the outcome. Waiting in the queue does not count as time."""
+        """Queue one call; the outcome tells what goes wrong with it. Waiting in the queue does not count as time."""
         limit = self.time_limit_s if time_limit_s is None else _checked_limit(time_limit_s)
         if os.getpid() != self._owner:
             raise RuntimeError(
