@@ -139,23 +139,24 @@ def experts_by_rows(
     fewest = int(counts[counts > 0].min())
     offsets = counts.cumsum(0, dtype=torch.int32)
     inputs = F.pad(x.index_select(0, order // k), (0, 0, 0, MIN_MATMUL_ROWS))
-    outputs = rows_by_expert(silu_mul(rows_by_expert(inputs, gate_up, offsets, fewest)), down, offsets, fewest)
+    hidden = silu_mul(rows_by_expert(inputs, gate_up, offsets, choices=tokens * k, fewest=fewest))
+    outputs = rows_by_expert(hidden, down, offsets, choices=tokens * k, fewest=fewest)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     parts = outputs.index_select(0, back).view(tokens, k, -1)
     return torch.bmm(weights.to(x.dtype)[:, None], parts).squeeze(1)
 
 
-def rows_by_expert(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor, fewest: int) -> torch.Tensor:
-    """rows (M + 4, in), the first M sorted by expert, expert e's ending at offsets[e]; matrices (E, out, in) -> (M + 4,
-    out), each row by its expert's matrix (what the last four hold is of no use). fewest: rows of the smallest expert.
+def rows_by_expert(
+    rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor, *, choices: int, fewest: int
+) -> torch.Tensor:
+    """rows (M + 4, in), the first M = choices sorted by expert, expert e's ending at offsets[e]; matrices (E, out, in)
+    -> (at least M, out), each row by its expert's matrix. fewest: rows of the smallest expert that has any.
 
     grouped_mm is one matmul per expert without Python between. Where an expert has fewer than four rows the loop is
     ours and computes four (those of the next expert, or the padding); the next expert overwrites the surplus.
     """
     if fewest >= MIN_MATMUL_ROWS:
-        # The padding rows go with the last expert.
-        offsets = torch.cat((offsets[:-1], offsets.new_tensor([rows.shape[0]])))
-        return F.grouped_mm(rows, matrices.transpose(1, 2), offs=offsets)
+        return F.grouped_mm(rows[:choices], matrices.transpose(1, 2), offs=offsets)
     out = rows.new_empty(rows.shape[0], matrices.shape[1])
     out[-MIN_MATMUL_ROWS:] = 0
     start = 0

@@ -73,6 +73,7 @@ def _feed_forward(
     rows, offsets, place, fewest = native.gather_by_expert(
         normed, chosen, layer.expert_gate_up.shape[0], spare=MIN_MATMUL_ROWS
     )
-    hidden = native.silu_mul(rows_by_expert(rows, layer.expert_gate_up, offsets, fewest))
-    parts = rows_by_expert(hidden, layer.expert_down, offsets, fewest)
+    choices = chosen.numel()
+    hidden = native.silu_mul(rows_by_expert(rows, layer.expert_gate_up, offsets, choices=choices, fewest=fewest))
+    parts = rows_by_expert(hidden, layer.expert_down, offsets, choices=choices, fewest=fewest)
     return native.add_experts(x, parts, place, mix), chosen

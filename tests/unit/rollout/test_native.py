@@ -101,8 +101,8 @@ def test_experts(rows: int, spread: str) -> None:
     counts = torch.bincount(experts.view(-1), minlength=6)
     assert offsets.tolist() == counts.cumsum(0).tolist() and fewest == counts[counts > 0].min()
     assert torch.equal(gathered[place.long()], x[:, None].expand(-1, 2, -1))
-    hidden = native.silu_mul(ops.rows_by_expert(gathered, gate_up, offsets, fewest))
-    parts = ops.rows_by_expert(hidden, down, offsets, fewest)
+    hidden = native.silu_mul(ops.rows_by_expert(gathered, gate_up, offsets, choices=2 * rows, fewest=fewest))
+    parts = ops.rows_by_expert(hidden, down, offsets, choices=2 * rows, fewest=fewest)
     result = native.add_experts(x.clone(), parts, place, weights)
     torch.testing.assert_close(result, x + experts_reference(x, experts, weights, gate_up, down), rtol=1e-5, atol=1e-5)
 
