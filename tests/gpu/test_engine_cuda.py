@@ -92,7 +92,7 @@ def trainer_logprobs(policy: Policy, group: RolloutGroup, k: int, *, replay: boo
 
 
 def test_bf16_logprobs_are_the_trainers_with_replayed_routes() -> None:
-    policy = make_policy(torch.bfloat16)
+    policy = make_policy(torch.bfloat16, initializer_range=0.02)
     groups = Engine(policy).generate(make_requests(RAGGED), SamplingParams(64))
     sums = {"mismatch_kl_sum": 0.0, "mismatch_abs_sum": 0.0, "mismatch_tokens": 0.0}
     for group in groups:

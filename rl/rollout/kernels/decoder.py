@@ -4,12 +4,11 @@ In: the policy's own parameters, the latent caches, and `StepInputs` (device ten
 token; the new tokens' cache rows and expert choices are written in place. Safe to capture in a CUDA graph.
 
     combine_norm | joined q and latent projection | absorb (+ RoPE, cache write) | attend prompt | attend own
-    merge_and_expand | o_proj | combine_norm | route | experts' gate_up | down       (beside them: shared experts)
+    merge_and_expand | o_proj | combine_norm | route | experts' gate_up | down
 
 The sum over a token's experts and the residual sum are part of the next `combine_norm`; products without a name are
-cuBLAS. The shared experts run on a second stream: they are compute where routed experts are bandwidth, and fill the
-processors while the router, which is latency, runs. The only weight-derived buffers are the joined projections
-(`derived_bytes`), rebuilt by `refresh` after each update; everything else is read where it lives.
+cuBLAS. The only weight-derived buffers are the joined projections (`derived_bytes`), rebuilt by `refresh` after each
+update; everything else is read where it lives.
 
 Tried on an H200 without gain: prompt attention on a second stream; prompt attention as two matrix products (scores,
 then values; 138 us against 136 for 256 rows and 4,096 tokens, slower for short prompts); programmatic dependent
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 
 from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
-from rl.rollout.kernels.moe import gated_rows, grouped_experts
+from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts
 from rl.rollout.kernels.norm import combine_norm
 from rl.rollout.kernels.projections import absorb, merge_and_expand
 from rl.rollout.kernels.router import route, router_scratch
@@ -78,7 +76,6 @@ class FusedDecoder:
         self.tables = (cos.contiguous(), sin.contiguous())
         self.layers: list[_Layer] = []
         self.derived_bytes, self.build_s = 0, 0.0
-        self._second = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._allocate()
         self.refresh()
 
@@ -115,13 +112,13 @@ class FusedDecoder:
         dense, moe = config.intermediate_size, config.moe_layers
         if moe:
             experts, top_k, inner = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
-            dense = max(dense, config.n_shared_experts * inner)
+            parts = top_k + config.n_shared_experts
             self.counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
             self._lists = torch.zeros(experts, rows, dtype=torch.int32, device=self.device)
             self._router_scratch = router_scratch(rows, experts, self.device)
             self._weights = torch.zeros(rows, top_k, dtype=torch.float32, device=self.device)
-            self._act = empty(rows * top_k, inner)
-            self._y = empty(rows, top_k, width)
+            self._act = empty(rows * parts, inner)
+            self._y = empty(rows, parts, width)
         self._dense_act = empty(rows * dense)
 
     def _empty(self, *shape: int) -> torch.Tensor:
@@ -159,22 +156,21 @@ class FusedDecoder:
         x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
         hidden = self._hidden[:num_rows]
         parts: torch.Tensor | None = None
-        shared: torch.Tensor | None = None
         moe_index = 0
         for i, layer in enumerate(self.layers):
             norm = layer.module.input_layernorm
-            combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
+            combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
             attended = self._attention(hidden, layer, inputs, own[i], prompt[i])
             norm = layer.module.post_attention_layernorm
-            combine_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps, out=hidden)
+            combine_norm(x, attended.unsqueeze(1), norm.weight, norm.eps, out=hidden)
             if self.config.is_moe_layer(i):
                 assert record is not None
-                parts, shared = self._experts(hidden, layer.module.mlp, inputs, moe_index, record[:, :, moe_index])
+                parts = self._experts(hidden, layer.module.mlp, inputs, moe_index, record[:, :, moe_index])
                 moe_index += 1
             else:
-                parts, shared = self._mlp(hidden, layer.module.mlp).unsqueeze(1), None
+                parts = self._mlp(hidden, layer.module.mlp).unsqueeze(1)
         norm = self.policy.model.norm
-        combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
+        combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
         return torch.mm(hidden, self.policy.lm_head.weight.t(), out=self._logits[:num_rows])
 
     def _attention(
@@ -218,33 +214,18 @@ class FusedDecoder:
 
     def _experts(
         self, hidden: torch.Tensor, moe: Any, inputs: StepInputs, index: int, record: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> routed parts (N, K, D), and the shared experts' output (N, D) or None."""
+    ) -> torch.Tensor:
+        """-> the parts (N, P, D) of the layer's output."""
         assert self.counts is not None
-        num_rows = hidden.shape[0]
-        shared = None
-        if moe.shared_experts is not None:
-            with self._beside():
-                shared = self._mlp(hidden, moe.shared_experts)
+        num_rows, experts = hidden.shape[0], ExpertWeights.of(moe)
         weights, counts = self._weights[:num_rows], self.counts[index]
         route(
-            hidden, moe.gate, slots=inputs.slots, places=inputs.places, weights=weights, counts=counts,
-            lists=self._lists, record=record, scratch=self._router_scratch,
+            hidden, moe.gate, num_shared=experts.parts, slots=inputs.slots, places=inputs.places, weights=weights,
+            counts=counts, lists=self._lists, record=record, scratch=self._router_scratch,
         )  # fmt: skip
-        parts = grouped_experts(
-            hidden, moe.experts.gate_up_proj, moe.experts.down_proj, weights, counts, self._lists,
-            act=self._act, out=self._y[:num_rows],
-        )  # fmt: skip
-        if shared is not None and self._second is not None:
-            torch.cuda.current_stream().wait_stream(self._second)
-        return parts, shared
-
-    def _beside(self) -> AbstractContextManager[Any]:
-        """The second stream, starting from where the current one stands."""
-        if self._second is None:
-            return nullcontext()
-        self._second.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._second)
+        return grouped_experts(
+            hidden, experts, weights, counts, self._lists, act=self._act, out=self._y[:num_rows]
+        )
 
 
 def rows_per_tile(heads: int) -> int:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 
 
 def combine_norm(
-    x: torch.Tensor, parts: torch.Tensor | None, extra: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the new residual (N, D), rounded to its dtype, and its RMSNorm."""
     if parts is not None:
-        total = parts.float().sum(1).to(x.dtype)
-        x = x + (total if extra is None else total + extra)
+        x = (x.float() + parts.float().sum(1)).to(x.dtype)
     scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return x, (scaled * weight.float()).to(x.dtype)
 
@@ -38,12 +37,21 @@ def merge(partial: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_experts(
-    x: torch.Tensor, routes: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    routes: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """routes: (N, K), weights: (N, K) float32 -> the layer's output (N, D) float32."""
+    """routes: (N, K), weights: (N, K) float32; shared: gate, up (S*I, D) and down (D, S*I) -> the layer's output (N, D)
+    float32."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for n in range(x.shape[0]):
         for expert, weight in zip(routes[n].tolist(), weights[n].tolist(), strict=True):
             gate, up = (gate_up[expert].float() @ x[n].float()).chunk(2)
             out[n] += weight * (down[expert].float() @ (F.silu(gate) * up))
+    if shared is not None:
+        gate, up, last = (w.float() for w in shared)
+        out += (F.silu(x.float() @ gate.t()) * (x.float() @ up.t())) @ last.t()
     return out

@@ -2,7 +2,7 @@
 expert's list.
 
 In: h (N, D). Out: weights (N, K) float32; the chosen experts in the route record; counts (E,) int32 and lists (E, >=
-N) int32 with the assignment numbers n * K + k of each expert, filled by atomic counters (so the order within a list
+N) int32 with the assignment numbers n * P + k of each expert, filled by atomic counters (so the order within a list
 varies from run to run; `moe.py` does not care). Rows whose place is negative are idle: they join no list, so they
 touch no expert.
 
@@ -45,6 +45,7 @@ def _router_kernel(
     EXPERTS_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -135,7 +136,7 @@ def _router_kernel(
         weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
     weights = weights * scaling
     tl.store(weights_ptr + rows[:, None] * TOP_K + rank, weights, mask=valid[:, None] & (rank < TOP_K))
-    tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * TOP_K + rank, mask=listed)
+    tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * SLOTS + rank, mask=listed)
 
 
 def router_scratch(max_rows: int, experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +150,7 @@ def route(
     h: torch.Tensor,
     router: Any,
     *,
+    num_shared: int,
     slots: torch.Tensor,
     places: torch.Tensor,
     weights: torch.Tensor,
@@ -169,7 +171,7 @@ def route(
         h, router.weight, router.e_score_correction_bias, weights, counts, lists, record, slots, places,
         partial, tickets, num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
         D=width, EXPERTS=experts, EXPERTS_POW2=max(16, triton.next_power_of_2(experts)),
-        TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k),
+        TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k), SLOTS=top_k + num_shared,
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
         PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32",

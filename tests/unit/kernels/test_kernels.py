@@ -39,14 +39,13 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "parts", "extra"), [(1, 32, 0, False), (3, 100, 1, False), (5, 64, 7, True)])
-def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int, extra: bool) -> None:
+@pytest.mark.parametrize(("rows", "width", "parts"), [(1, 32, 0), (3, 100, 1), (5, 64, 7)])
+def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int) -> None:
     x, weight = drawn(rows, width, dtype=dtype), drawn(width, dtype=dtype, seed=1)
     added = drawn(rows, parts, width, dtype=dtype, seed=2) if parts else None
-    more = drawn(rows, width, dtype=dtype, seed=3) if extra else None
-    residual, expected = reference.combine_norm(x, added, more, weight, 1e-5)
+    residual, expected = reference.combine_norm(x, added, weight, 1e-5)
     out = poison(rows, width, dtype=dtype)
-    norm.combine_norm(x, added, more, weight, 1e-5, out=out)
+    norm.combine_norm(x, added, weight, 1e-5, out=out)
     assert_near(out, expected, dtype)
     assert_near(x, residual, dtype)
 
@@ -61,26 +60,32 @@ ROUTINGS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 @pytest.mark.parametrize(
-    ("rows", "experts", "top_k", "width", "inner"), [(1, 4, 2, 32, 32), (7, 8, 3, 64, 48), (37, 8, 2, 96, 80)]
+    ("rows", "experts", "top_k", "shared", "width", "inner"),
+    [(1, 4, 2, 1, 32, 32), (7, 8, 3, 0, 64, 48), (37, 8, 2, 2, 96, 80)],
 )
 def test_grouped_experts(
-    dtype: torch.dtype, routing: str, rows: int, experts: int, top_k: int, width: int, inner: int
+    dtype: torch.dtype, routing: str, rows: int, experts: int, top_k: int, shared: int, width: int, inner: int
 ) -> None:
     routes = ROUTINGS[routing](rows, experts, top_k)
     x = drawn(rows, width, dtype=dtype)
     weights = drawn(rows, top_k, seed=1).abs()
     gate_up = drawn(experts, 2 * inner, width, dtype=dtype, seed=2, scale=width**-0.5)
     down = drawn(experts, width, inner, dtype=dtype, seed=3, scale=inner**-0.5)
-    expected = reference.grouped_experts(x, routes, weights, gate_up, down)
+    extra = None
+    if shared:
+        shapes = [(shared * inner, width), (shared * inner, width), (width, shared * inner)]
+        extra = tuple(drawn(*s, dtype=dtype, seed=4 + i, scale=s[1] ** -0.5) for i, s in enumerate(shapes))
+    expected = reference.grouped_experts(x, routes, weights, gate_up, down, extra)
+    slots, layer = top_k + shared, moe.ExpertWeights(gate_up, down, *(extra or ()))
     counts, lists = torch.zeros(experts, dtype=torch.int32), torch.zeros(experts, rows, dtype=torch.int32)
     for n in range(rows):
         for k, expert in enumerate(routes[n].tolist()):
-            lists[expert, counts[expert]] = n * top_k + k
+            lists[expert, counts[expert]] = n * slots + k
             counts[expert] += 1
     for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2))]:
-        act, out = poison(rows * top_k, inner, dtype=dtype), poison(rows, top_k, width, dtype=dtype)
+        act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
         moe.grouped_experts(
-            x, gate_up, down, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile
+            x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile
         )
         assert_near(out.float().sum(1), expected, dtype)
 
@@ -233,7 +238,7 @@ def test_router(
     module = module.to(DEVICE).to(dtype)
     if module.e_score_correction_bias is not None:
         module.e_score_correction_bias.copy_(drawn(experts, seed=2, scale=0.1))
-    rows = 21
+    rows, shared = 21, 2
     h = drawn(rows, 72, dtype=dtype)
     with torch.no_grad():
         chosen, expected = module(h)
@@ -247,7 +252,7 @@ def test_router(
     for _ in range(2):  # twice: the scratch must be ready again
         counts.zero_()
         router.route(
-            h, module, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
+            h, module, num_shared=shared, slots=slots, places=places, weights=weights, counts=counts, lists=lists,
             record=record[:, :, 1], scratch=scratch,
         )  # fmt: skip
     found = torch.stack([record[slots[n], places[n], 1].long() for n in range(rows)])
@@ -257,7 +262,7 @@ def test_router(
     assert_near(weights.gather(1, order)[busy], expected.gather(1, other)[busy], torch.float32)
     assert record[:, :, 0].eq(255).all() and record[slots[5]].eq(255).all()
     for expert in range(experts):
-        members = {n * top_k + int(k) for n in busy for k in (found[n] == expert).nonzero()}
+        members = {n * (top_k + shared) + int(k) for n in busy for k in (found[n] == expert).nonzero()}
         assert set(lists[expert, : counts[expert]].tolist()) == members
     assert int(counts.sum()) == len(busy) * top_k
 
