@@ -48,8 +48,9 @@ _SPACING = re.compile(
     r"(?<!\\)\\(?:quad|qquad|,|;|:|>| |enspace|thinspace|hfill|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})|~"
     r"|\\phantom\{[^{}]*\}"
 )
+_SIZED = re.compile(r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\.?")
 _LAYOUT = re.compile(
-    r"\\(?:left|right|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|"
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|"
     r"nonumber|notag|centering|large|Large|huge|Huge|normalsize|small)(?![a-zA-Z])\.?"
 )
 _RENAMED = {
@@ -71,6 +72,7 @@ _WRAPPERS = re.compile(
 _THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
+_TIMES_LETTER = re.compile(r"(?<=\d )x (?=\d)")
 _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
@@ -143,9 +145,10 @@ def clean_math(text: str) -> str:
     text = strip_math_delimiters(_CURRENCY.sub(" ", _BOLD.sub(r"\1", text)))
     text = _WRAPPERS.sub("", text)
     text = _SPACING.sub(" ", text.replace("\\!", ""))
-    text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", text))
+    text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", _SIZED.sub("", text)))
     text = _TO_RATIO.sub(r"\1:\2", strip_edges(" ".join(text.split())))
     text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
+    text = _TIMES_LETTER.sub(r"\\times ", text)
     return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
 
 

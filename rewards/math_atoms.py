@@ -211,7 +211,7 @@ class AtomParser(ABC):
     def _bare_argument(self) -> Node:
         """`\\sin 2x`: everything up to the next sum, relation or function."""
         node = self.parse_factor()
-        while self.peek().kind in ("number", "letter", "constant") or self.peek().text == "frac":
+        while self.peek().kind in ("letter", "constant") or self.peek().text == "frac":
             node = times(node, self.parse_power())
         while self.peek().text == "/" and self.peek(1).kind in ("number", "letter", "constant"):
             self.at += 1

@@ -179,6 +179,8 @@ def _same_base(gold: Node, answer: Node) -> str | None:
     if gold.kind == answer.kind:
         return "base" if left is not None and left == right else ""
     based, other = (gold, answer) if gold.kind == "based" else (answer, gold)
+    if based_value(based) is None:
+        return ""
     return "base" if other.kind == "number" and other.text == based.text.partition("_")[0] else ""
 
 

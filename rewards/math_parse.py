@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from rewards.latex_text import clean_math
 from rewards.math_atoms import AtomParser
+from rewards.math_eval import exact_value
 from rewards.math_nodes import Node, NodeKind, number_node, subscripted, times
 from rewards.math_tokens import END, MathSyntaxError, Token, name_set, tokenize
 
@@ -29,6 +30,8 @@ _RELATIONS = {
     "in": "in", "approx": "~", "sim": "~", "equiv": "=", "cong": "~", "notin": "notin", "rightarrow": "->", "->": "->",
     "Rightarrow": "=>", "=>": "=>", "Leftrightarrow": "=>", "subset": "subset", "subseteq": "subset",
 }  # fmt: skip
+# `42 thousand` is 42,000.
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _IMPLICIT_STARTS = ("(", "[", "{", "\\{")
 _PREFIX_COMMANDS = name_set(
     "frac sqrt binom begin sum prod int lim mathbb lfloor lceil overline bar vec hat ldots langle angle triangle "
@@ -63,6 +66,10 @@ def _height(root: Node) -> int:
         height += 1
         level = [arg for node in level for arg in node.args]
     return height
+
+
+def _is_literal(node: Node) -> bool:
+    return node.kind == "number" or (node.kind in ("neg", "abs", "floor", "ceil") and _is_literal(node.args[0]))
 
 
 class _Parser(AtomParser):
@@ -168,12 +175,32 @@ class _Parser(AtomParser):
                 left = Node("opaque", (left, self.parse_factor()), "mod")
             elif token.kind == "word" or (token.kind == "op" and token.text == "/" and self.peek(1).kind == "word"):
                 left = self._unit(left)
-            elif token.text == "(" and self.peek(1).kind == "word" and self._bracketed_words():
-                left = Node("unit", (left,))
+            elif token.text == "(" and self.peek(1).kind == "word" and (words := self._bracketed_words()):
+                left = Node("unit", (left,), words)
             elif self._starts_factor(token):
-                left = times(left, self.parse_power())
+                left = self._juxtaposed(left)
             else:
                 return left
+
+    def _juxtaposed(self, left: Node) -> Node:
+        """A product without a sign, where a mathematician writes one: `2x`, `3(x+1)`, `1000(26)`, `5\\sqrt{2}`. Numbers side
+        by side (`2 3`, `{2}{3}`, `42 (41)`, `\\frac{4}{2} 3`) are a list without commas and no product."""
+        before, token = self.tokens[self.at - 1], self.peek()
+        last = left.args[-1] if left.kind == "mul" else left
+        right = self.parse_power()
+        if token.kind == "number":
+            signs = {last.kind, right.kind}
+            shown = signs == {"pow"} or (right.kind == "factorial" and last.kind in ("factorial", "function"))
+            close = not token.spaced and before.kind != "number" and last.kind not in ("number", "div", "abs", "floor")
+            allowed = shown or (close and exact_value(right) != 0)
+        elif _is_literal(last) and _is_literal(right):
+            bracketed = token.text == "(" and not token.spaced and (before.kind == "number" or before.text == ")")
+            allowed = bracketed and exact_value(last) != 0 and exact_value(right) != 0
+        else:
+            allowed = True
+        if not allowed:
+            raise MathSyntaxError("numbers side by side")
+        return times(left, right)
 
     def parse_factor(self) -> Node:
         negative = False
@@ -207,6 +234,7 @@ class _Parser(AtomParser):
             and following.spaced
             and self.peek(2).text == "/"
             and self.peek(3).kind == "number"
+            and number_node(following.text).number < number_node(self.peek(3).text).number
         ):
             top, bottom = following.text, self.peek(3).text
             self.at += 4
@@ -233,12 +261,16 @@ class _Parser(AtomParser):
                 continue
             elif token.kind == "number" and words and not self._number_is_factor():
                 words.append(token.text)
-            elif token.kind == "op" and token.text in ("(", ")") and words and self._bracketed_words():
+            elif token.text == "(" and words and (aside := self._bracketed_words()):
+                words.append(aside)
                 continue
             else:
                 break
             self.at += 1
         text = " ".join(word for word in words if word)
+        if words and (scale := SCALES.get(words[0].lower())) and value.kind != "text":
+            value, text = times(value, number_node(str(scale))), text[len(words[0]) :].strip()
+            return Node("unit", (value,), text) if text else value
         if value.kind == "text":
             return Node("text", (), f"{value.text} {text}")
         return Node("unit", (value,), text)
@@ -246,15 +278,16 @@ class _Parser(AtomParser):
     def _number_is_factor(self) -> bool:
         return self.peek(1).kind in ("op", "command") and self.peek(1).text not in (",", ";", ".", "and", "or")
 
-    def _bracketed_words(self) -> bool:
-        """Skips `(some words)` behind a unit."""
+    def _bracketed_words(self) -> str:
+        """Takes `(some words)` behind a value or unit; '' when there are none."""
         ahead = 1
         while self.peek(ahead).kind in ("word", "letter") or self.peek(ahead).text == "-":
             ahead += 1
         if ahead > 1 and self.peek().text == "(" and self.peek(ahead).text == ")":
+            words = " ".join(self.peek(index).text for index in range(1, ahead))
             self.at += ahead + 1
-            return True
-        return False
+            return words
+        return ""
 
     # powers
 
