@@ -1,13 +1,8 @@
 """Where in a completion is its final answer?
 
-In: text. Out: an `Extraction`: the answer as text, and the name of the place it was taken from. Two takes:
-
-- `free_answer`: a completion without tags, as benchmarks see it. The last stated answer counts: boxes, `final answer
-is`,
-  `the answer is`, `####`, `A:`, else the last sentence.
-- `block_answer`: the content of an <answer> block, as training sees it. Everything in it counts: two different
-answers, or a
-  number beside the stated answer, are no answer (`ambiguous`).
+In: a completion without tags, as benchmarks see it. Out: an `Extraction`: the answer as text, and the name of the place
+it was taken from. The last stated answer counts: boxes, `final answer is`, `the answer is`, `####`, `A:`, else the last
+sentence. `rewards.strict_answer` reads <answer> blocks, where everything counts, with the pieces of this file.
 
 Every scan is linear in the length of the text; what is long or nested is cut by the callers' limits.
 """
@@ -18,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from rewards.latex_text import strip_edges
+from rewards.math_eval import exact_value
 from rewards.math_nodes import Node
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError, name_set
@@ -46,7 +42,7 @@ class Span:
 _END_OF_TEXT = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|eom_id)\|>|</s>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BARE = re.compile(r"[^\s${}\\]+")
-_MARKER = re.compile(
+MARKER = re.compile(
     r"####"
     r"|^[ \t]*\**A\**:"
     r"|^\W{0,4}answer\**\s*(?=\$|\\\(|\\\[)"
@@ -81,14 +77,11 @@ _JOINING = re.compile(
     r"\A(?:(?:[A-Za-z]{1,20} ){0,2}(?:(?:,|;|and|or|、|和|或|et|y|und) )+(?:[A-Za-z](?:_[0-9])? = )?)?\Z", re.IGNORECASE
 )
 _CONNECTIVE = re.compile(
-    r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)|[:：]\s*|=\s*", re.IGNORECASE
-)
-_HEDGE = re.compile(
-    r"\b(?:or|either|maybe|perhaps|possibly|alternatively|not|isn't|neither|could be|might be)\b|或|不是", re.IGNORECASE
+    r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)"
+    r"|[:：]\s*|(?<![<>!])=\s*|≈\s*|\\approx\s*",
+    re.IGNORECASE,
 )
 _REJECTED = re.compile(r",?\s+(?:but\s+)?(?:not|instead of|rather than)\s+(?:\$|\\\(|\d).*\Z", re.DOTALL)
-_CALCULATION = re.compile(r"[\d\s.,+\-*/×÷()$%]+(?==|\Z)")
-_PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'$%:;!?-]+[^\W\d_]*)*")
 _CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
 
 
@@ -125,42 +118,6 @@ def free_answer(text: str) -> Extraction:
     if marked is not None and marked.answer is not None:
         return marked
     return _last_sentence(text)
-
-
-def block_answer(content: str) -> Extraction:
-    """The answer of an <answer> block; everything in the block counts.
-
-    >>> block_answer("The answer is 42.").answer
-    '42'
-    >>> block_answer(r"\\boxed{41} or \\boxed{42}").answer
-    '41, 42'
-    """
-    if len(content) > 20 * MAX_ANSWER_CHARS:
-        return Extraction(None, "the answer block is too long")
-    boxes = find_boxes(content)
-    if boxes:
-        outside = "".join(content[a:b] for a, b in _gaps(content, boxes))
-        if _HEDGE.search(re.sub(r"\\text\s*\{\s*or\s*\}|\bor\b", "", outside) if len(boxes) > 1 else outside):
-            return Extraction(None, "ambiguous: hedging beside the box")
-        return Extraction(", ".join(dict.fromkeys(box.content for box in boxes)), "boxed")
-    if len(content) <= MAX_ANSWER_CHARS and is_direct(content):
-        return Extraction(content, "answer block")
-    marks = list(_MARKER.finditer(content))[:50]
-    if marks:
-        answers = dict.fromkeys(
-            answer for mark in marks if (answer := _phrase(_marked_text(content, mark.end()), strict=True)) is not None
-        )
-        if len(answers) > 1 or _HEDGE.search(content[: marks[0].start()]):
-            return Extraction(None, "ambiguous: several answers")
-        if answers:
-            return Extraction(next(iter(answers)), "marked in the answer block")
-    answer = _phrase(content, strict=True) if len(content) <= MAX_ANSWER_CHARS else None
-    return Extraction(answer, "answer block" if answer is not None else "ambiguous: several numbers and none marked")
-
-
-def _gaps(text: str, spans: list[Span]) -> list[tuple[int, int]]:
-    edges = [0, *(edge for span in spans for edge in (span.start, span.end)), len(text)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 # Boxes
@@ -228,15 +185,15 @@ def _last_marked(text: str, *, after: int) -> Extraction | None:
     """The last `the answer is X` that begins behind position `after`, with a usable X."""
     marks = [
         match
-        for match in _MARKER.finditer(text)
+        for match in MARKER.finditer(text)
         if match.start() >= after
         and (after < 0 or _STRONG_MARKER.search(match.group()) or _begins_line(text, match.start()))
     ]
     for match in reversed(marks[-8:]):
-        phrase = _marked_text(text, match.end())
+        phrase = marked_text(text, match.end())
         if not phrase or (after >= 0 and not re.search(r"[\d$\\]", phrase)):
             continue
-        answer = _phrase(phrase, strict=False)
+        answer = _phrase(phrase)
         if answer is not None:
             return Extraction(answer, match.group().strip(" \t\n*").lower() or "answer")
     return None
@@ -246,7 +203,7 @@ def _begins_line(text: str, position: int) -> bool:
     return not text[text.rfind("\n", 0, position) + 1 : position].strip(" \t*#")
 
 
-def _marked_text(text: str, position: int) -> str:
+def marked_text(text: str, position: int) -> str:
     """What follows a marker, up to the end of the sentence; display math as a whole."""
     while position < len(text) and text[position] in " \t\n*:：":
         position += 1
@@ -269,7 +226,8 @@ def is_direct(text: str) -> bool:
 # Words of a sentence; where one of them stands behind a value, the words are no unit.
 _SENTENCE_WORDS = name_set(
     "is are was were be the so we it that which because since if then therefore thus hence i you they he she not "
-    "but has have had will would can this these those when where while as for"
+    "but has have had will would can this these those when where while as for unless maybe perhaps possibly wrong "
+    "incorrect false squared cubed max min maximum minimum most least half exclusive"
 )
 
 
@@ -279,56 +237,53 @@ def _is_mathematics(node: Node) -> bool:
     if node.kind == "unit":
         words = node.text.lower().split()
         unit_like = len(words) <= 6 and not any(word[0].isdigit() or word in _SENTENCE_WORDS for word in words)
+        if NUMBER_WORDS.search(node.text) and number_from_words(node.text) != exact_value(node.args[0]):
+            return False  # `6 (seven)`
         return unit_like and node.args[0].kind != "symbol" and _is_mathematics(node.args[0])
     if node.kind == "mul" and any(arg.kind == "unit" for arg in node.args[:-1]):
         return False  # `15 apples (3 * 5)`
+    if node.kind == "ratio" and node.args[0].kind == "symbol" and node.args[1].kind != "symbol":
+        return False  # `A: 42`
     if node.kind == "relation":
         named = node.args[0].kind in ("text", "unit")
         return all(_is_mathematics(arg) for arg in (node.args[1:] if named else node.args))
     return all(_is_mathematics(arg) for arg in node.args)
 
 
-def _phrase(phrase: str, *, strict: bool) -> str | None:
-    """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its only number, or
+def _phrase(phrase: str) -> str | None:
+    """The answer in a short phrase: the phrase itself, its mathematics, what stands behind `is`, its last numbers, or
     words."""
-    phrase = strip_edges(phrase if strict else _REJECTED.sub("", phrase))
+    phrase = strip_edges(_REJECTED.sub("", phrase))
     if not phrase or is_direct(phrase):
         return phrase or None
     bare = re.sub(r"\s*\([^()]*\)\Z", "", phrase)
-    if not strict and bare and is_direct(bare):
+    if bare and is_direct(bare):
         return bare  # `15 apples (3 * 5)`
     spelled = number_from_words(phrase)
     if spelled is not None:
         return str(spelled)
-    if strict and _HEDGE.search(phrase):
-        return None
-    segments = _formulas(phrase)
-    right = _behind_connective(phrase)
-    if right is not None and not (strict and _numbers(_CALCULATION.sub(" ", phrase[: phrase.rindex(right)]), right)):
+    right = behind_connective(phrase)
+    if right is not None:
         return right
-    if segments and not strict:
+    segments = formulas(phrase)
+    if segments:
         return ", ".join(_last_cluster(phrase, segments))
-    numbers = _numbers(phrase)
-    if len(numbers) == 1:
-        return numbers[0] if not strict or _PROSE.fullmatch(phrase.replace(numbers[0], "")) else None
-    if numbers:
-        return None if strict else _last_numbers(phrase)
-    return ", ".join(dict.fromkeys(span.content for span in segments)) if segments else phrase
+    return _last_numbers(phrase) if numbers_in(phrase) else phrase
 
 
-def _formulas(text: str) -> list[Span]:
+def formulas(text: str) -> list[Span]:
     """Formulas in running text; `cm$^2$` is no formula."""
     spans = (Span(match.start(), match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text))
     return [span for span in spans if not span.content.startswith(("^", "_"))]
 
 
-def _behind_connective(phrase: str) -> str | None:
+def behind_connective(phrase: str) -> str | None:
     """The mathematics behind the last `is`, `are`, `=` or colon, when it is mathematics to the end."""
     right = strip_edges(_CONNECTIVE.split(phrase)[-1])
     return right if right and right != phrase and right in phrase and is_direct(right) else None
 
 
-def _numbers(text: str, but: str = "") -> list[str]:
+def numbers_in(text: str, but: str = "") -> list[str]:
     """Distinct numbers in running text, without `but`."""
     found = [match.group().strip() for match in _NUMBER.finditer(text)]
     return [number for number in dict.fromkeys(found) if number != but]
@@ -353,11 +308,11 @@ def _last_sentence(text: str) -> Extraction:
     result = _last_result(text)
     prose = _CODE.sub(" ", text[-4 * MAX_ANSWER_CHARS :])
     prose = re.sub(r"```(?:output)?", "\n", prose)
-    formulas = _formulas(prose)
+    spans = formulas(prose)
     sentences = [piece for piece in _SENTENCES.split(prose) if piece and piece.strip()]
     tail = prose.rstrip(" .\n")
-    if formulas and formulas[-1].end >= len(tail):
-        return Extraction(_right_side(", ".join(_last_cluster(prose, formulas))), "last formula")
+    if spans and spans[-1].end >= len(tail):
+        return Extraction(_right_side(", ".join(_last_cluster(prose, spans))), "last formula")
     for sentence in reversed(sentences[-4:]):
         answer = _sentence_answer(sentence.strip(), result)
         if answer is not None:
@@ -386,12 +341,12 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
     if len(sentence) > MAX_ANSWER_CHARS:
         return None
     bold = re.findall(r"\*\*([^*\n:：]{1,80})\*\*(?!\s*[:：])", sentence)
-    if bold and (is_direct(bold[-1]) or not _numbers(sentence)):
+    if bold and (is_direct(bold[-1]) or not numbers_in(sentence)):
         return strip_edges(bold[-1])
-    if bold and (numbers := _numbers(bold[-1])):
+    if bold and (numbers := numbers_in(bold[-1])):
         return numbers[-1]
-    segments = _formulas(sentence)
-    right = _behind_connective(sentence)
+    segments = formulas(sentence)
+    right = behind_connective(sentence)
     if segments and right is not None and "$" not in right and re.search(r"\d", right):
         return right
     if segments:
@@ -401,14 +356,14 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
         return _right_side(", ".join(cluster)) + (f" {unit.group()}" if unit and len(cluster) == 1 else "")
     if "=" in sentence:
         behind = sentence.rpartition("=")[2]
-        if numbers := _numbers(behind):
+        if numbers := numbers_in(behind):
             return numbers[0]
     spelled = [
         str(value)
         for match in NUMBER_WORDS.finditer(sentence)
         if (value := number_from_words(match.group())) is not None
     ]
-    numbers = _numbers(sentence)
+    numbers = numbers_in(sentence)
     for number in (*numbers, *spelled):
         if result is not None and _same_digits(number, result):
             return number

@@ -119,11 +119,14 @@ def strip_math_delimiters(text: str) -> str:
 
 
 def strip_edges(text: str) -> str:
-    """`text` without paired quotes or math delimiters around the whole and without punctuation at the end."""
+    """`text` without paired quotes or math delimiters around the whole and without punctuation at the end
+    (an ellipsis stays: `1, 2, ...` goes on)."""
     before = None
     while before != text:
         before = text
-        text = text.strip().rstrip(".,;:").rstrip()
+        text = text.strip()
+        if not text.endswith(".."):
+            text = text.rstrip(".,;:").rstrip()
         for opening, closing in _EDGE_PAIRS:
             if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
                 text = text[len(opening) : len(text) - len(closing)].strip()

@@ -183,8 +183,8 @@ class _Parser(AtomParser):
                 return left
 
     def _juxtaposed(self, left: Node) -> Node:
-        """A product without a sign, where a mathematician writes one: `2x`, `3(x+1)`, `1000(26)`, `5\\sqrt{2}`. Numbers side
-        by side (`2 3`, `{2}{3}`, `42 (41)`, `\\frac{4}{2} 3`) are a list without commas and no product."""
+        """A product without a sign, where a mathematician writes one: `2x`, `3(x+1)`, `1000(26)`, `5\\sqrt{2}`. Numbers
+        side by side (`2 3`, `{2}{3}`, `42 (41)`, `\\frac{4}{2} 3`) are a list without commas and no product."""
         before, token = self.tokens[self.at - 1], self.peek()
         last = left.args[-1] if left.kind == "mul" else left
         right = self.parse_power()

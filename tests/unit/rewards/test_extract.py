@@ -7,8 +7,9 @@ import time
 import pytest
 
 from rewards.base import Score
-from rewards.extract import after_thinking, block_answer, find_boxes, free_answer, is_direct
+from rewards.extract import after_thinking, find_boxes, free_answer, is_direct
 from rewards.math_answer import accuracy_reward
+from rewards.strict_answer import block_answer
 
 FREE_RIGHT = [
     ("72", "Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72 clips altogether in April and May."),
