@@ -50,9 +50,9 @@ def plan_cache(
 
     token_bytes: cache bytes per token over all layers. row_bytes, prompt_bytes: what else a row (outputs, routes) or a
     prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups
-    that linger on a last row. `slots` is a multiple of row_multiple. ValueError names rollout.cache_bytes when not
-    even the smallest rows fit.
-    """
+    that linger on a last row, or three times as many where that leaves half of the budget free (with skewed lengths
+    most groups linger, and rows that wait for a prompt slot leave their own slots empty). `slots` is a multiple of
+    row_multiple. ValueError names rollout.cache_bytes when not even the smallest rows fit. """
     prompt_tokens = -(-prompt_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     per_slot = own_tokens * token_bytes + row_bytes
     per_prompt = prompt_tokens * token_bytes + prompt_bytes
@@ -63,6 +63,10 @@ def plan_cache(
     def fits(slots: int) -> bool:
         return slots * per_slot + prompts_for(slots) * per_prompt <= budget
 
+    most = -(-rows // row_multiple) * row_multiple
+    generous = min(requests, -(-most // group) * 4 + 1)
+    if most * per_slot + generous * per_prompt <= budget // 2:
+        return CacheShape(most, generous, own_tokens, prompt_tokens)
     if not fits(row_multiple):
         least = row_multiple * per_slot + per_prompt
         if least > budget:

@@ -18,7 +18,7 @@ def unsupported(policy: Any) -> str | None:
     if weight.dtype not in (torch.bfloat16, torch.float32):
         return f"its dtype is {weight.dtype}"
     config = policy.config
-    widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0]
+    widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0, config.cache_width]
     if any(width * weight.element_size() % 16 for width in widths):
         return f"rows of its matrices are not multiples of 16 bytes ({widths} x {weight.dtype})"
     if torch.cuda.get_device_capability(weight.device) < (9, 0):

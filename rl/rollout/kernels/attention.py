@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rl.rollout.kernels.layout import cdiv, dot_precision
 
@@ -41,13 +42,15 @@ class AttentionTile:
 def _attend_kernel(
     q_ptr,
     cache_ptr,
+    latent_desc,
+    turned_desc,
     tiles_ptr,
     slots_ptr,
     lengths_ptr,
     out_ptr,
     lse_ptr,
     scale_log2,
-    slot_stride,
+    slot_tokens,
     split_tokens,
     splits,
     first_split,
@@ -100,23 +103,21 @@ def _attend_kernel(
     if begin >= end:
         tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=present)
         return
-    cache = cache_ptr + slot.to(tl.int64) * slot_stride
-
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, C_POW2), tl.float32)
     token = tl.arange(0, BLOCK_T)
     for start in range(begin, end, BLOCK_T):
-        cached = (start + token < end)[:, None]
-        lines = cache + (start + token)[:, None] * (C + R)
-        if C == C_POW2:
-            latent = tl.load(lines + wide[None, :], mask=cached, other=0.0)
-        else:
+        if latent_desc is None:
+            cached = (start + token < end)[:, None]
+            lines = cache_ptr + (slot.to(tl.int64) * slot_tokens + start + token)[:, None] * (C + R)
             latent = tl.load(lines + wide[None, :], mask=cached & in_c, other=0.0)
-        if R == R_POW2:
-            turned = tl.load(lines + C + turn[None, :], mask=cached, other=0.0)
-        else:
             turned = tl.load(lines + C + turn[None, :], mask=cached & in_r, other=0.0)
+        else:
+            # Tokens beyond the end, and columns beyond C or R, hold other (finite) cache rows or zeros: they meet
+            # weight 0, a query of 0, or are not stored.
+            latent = latent_desc.load([slot * slot_tokens + start, 0])
+            turned = turned_desc.load([slot * slot_tokens + start, C])
         score = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
         score = tl.dot(q_turned, tl.trans(turned), score, input_precision=PRECISION)
         score = tl.where((start + token < end)[None, :], score * scale_log2, float("-inf"))
@@ -147,7 +148,7 @@ def attend(
     split_tokens: int = 0,
     tile: AttentionTile | None = None,
 ) -> None:
-    """q: (N, H, C + R); cache: (slots, T, C + R), each slot contiguous; out: (N, S, H, C) and lse: (N, S, H), of which
+    """q: (N, H, C + R); cache: (slots, T, C + R), contiguous; out: (N, S, H, C) and lse: (N, S, H), of which
     splits first_split .. first_split + splits - 1 are written for every row that a tile names."""
     num_rows, heads, width = q.shape
     latent_width = out.shape[-1]
@@ -156,12 +157,17 @@ def attend(
     block_m = block_h * per_tile
     tile = tile or default_tile(block_m, q.dtype)
     grid = (num_rows if tiles is None else tiles.shape[0], splits, cdiv(heads, block_h))
+    c_pow2, r_pow2 = (max(16, triton.next_power_of_2(n)) for n in (latent_width, width - latent_width))
+    latent_blocks = turned_blocks = None
+    if tiles is not None:  # wide tiles gain from the bulk copy engine (136 to 125 us at 4,096 tokens), single rows lose
+        lines = cache.view(-1, width)
+        latent_blocks = TensorDescriptor.from_tensor(lines, [tile.tokens, c_pow2])
+        turned_blocks = TensorDescriptor.from_tensor(lines, [tile.tokens, r_pow2])
     _attend_kernel[grid](
-        q, cache, tiles, slots, lengths, out, lse, scale * 1.4426950408889634, cache.stride(0), split_tokens,
-        splits, first_split, lse.shape[1], HEADS=heads,
+        q, cache, latent_blocks, turned_blocks, tiles, slots, lengths, out, lse, scale * 1.4426950408889634,
+        cache.shape[1], split_tokens, splits, first_split, lse.shape[1], HEADS=heads,
         C=latent_width, R=width - latent_width,
-        C_POW2=max(16, triton.next_power_of_2(latent_width)),
-        R_POW2=max(16, triton.next_power_of_2(width - latent_width)),
+        C_POW2=c_pow2, R_POW2=r_pow2,
         ROWS=per_tile, BLOCK_H=block_h, BLOCK_T=tile.tokens, PRECISION=dot_precision(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -17,6 +17,7 @@ launches between the kernels.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class FusedDecoder:
             self._router_scratch = router_scratch(rows, experts, self.device)
             self._weights = torch.zeros(rows, top_k, dtype=torch.float32, device=self.device)
             self._act = empty(rows * parts, inner)
-            self._y = empty(rows, parts, width)
+            dense = max(dense, config.n_shared_experts * inner)
+            self._y = empty(rows * parts, width)
         self._dense_act = empty(rows * dense)
 
     def _empty(self, *shape: int) -> torch.Tensor:
@@ -156,21 +158,22 @@ class FusedDecoder:
         x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
         hidden = self._hidden[:num_rows]
         parts: torch.Tensor | None = None
+        shared: torch.Tensor | None = None
         moe_index = 0
         for i, layer in enumerate(self.layers):
             norm = layer.module.input_layernorm
-            combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
+            combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
             attended = self._attention(hidden, layer, inputs, own[i], prompt[i])
             norm = layer.module.post_attention_layernorm
-            combine_norm(x, attended.unsqueeze(1), norm.weight, norm.eps, out=hidden)
+            combine_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps, out=hidden)
             if self.config.is_moe_layer(i):
                 assert record is not None
-                parts = self._experts(hidden, layer.module.mlp, inputs, moe_index, record[:, :, moe_index])
+                parts, shared = self._experts(hidden, layer.module.mlp, inputs, moe_index, record[:, :, moe_index])
                 moe_index += 1
             else:
-                parts = self._mlp(hidden, layer.module.mlp).unsqueeze(1)
+                parts, shared = self._mlp(hidden, layer.module.mlp).unsqueeze(1), None
         norm = self.policy.model.norm
-        combine_norm(x, parts, norm.weight, norm.eps, out=hidden)
+        combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
         return torch.mm(hidden, self.policy.lm_head.weight.t(), out=self._logits[:num_rows])
 
     def _attention(
@@ -214,18 +217,40 @@ class FusedDecoder:
 
     def _experts(
         self, hidden: torch.Tensor, moe: Any, inputs: StepInputs, index: int, record: torch.Tensor
-    ) -> torch.Tensor:
-        """-> the parts (N, P, D) of the layer's output."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> parts (N, P, D) of the layer's output, and the shared experts' (N, D) where they ran on their own."""
         assert self.counts is not None
-        num_rows, experts = hidden.shape[0], ExpertWeights.of(moe)
+        num_rows, width = hidden.shape
+        experts = ExpertWeights.of(moe)
+        shared, second = None, None
+        if hidden.is_cuda and self._shared_apart(num_rows, experts.parts):
+            main, second = torch.cuda.current_stream(), second_stream(self.device)
+            second.wait_stream(main)
+            with torch.cuda.stream(second):
+                shared = self._mlp(hidden, moe.shared_experts)
+            experts = ExpertWeights(experts.gate_up, experts.down)
         weights, counts = self._weights[:num_rows], self.counts[index]
         route(
             hidden, moe.gate, num_shared=experts.parts, slots=inputs.slots, places=inputs.places, weights=weights,
             counts=counts, lists=self._lists, record=record, scratch=self._router_scratch,
         )  # fmt: skip
-        return grouped_experts(
-            hidden, experts, weights, counts, self._lists, act=self._act, out=self._y[:num_rows]
-        )
+        slots = weights.shape[1] + experts.parts
+        parts = self._y[: num_rows * slots].view(num_rows, slots, width)
+        grouped_experts(hidden, experts, weights, counts, self._lists, act=self._act, out=parts)
+        if second is not None:
+            main.wait_stream(second)
+        return parts, shared
+
+    def _shared_apart(self, num_rows: int, parts: int) -> bool:
+        """Whether the shared experts run beside the others: where their narrow tiles would be a fifth of all, and the
+        step is bandwidth, not arithmetic (5 % faster for 256 rows of a Moonlight, slower for 64, 1,024 or a 1.6B)."""
+        return num_rows < 512 and 5 * parts * cdiv(num_rows, 32) >= self.config.n_routed_experts
+
+
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the life of the process: the allocator keeps free blocks, and cuBLAS its workspace, by stream."""
+    return torch.cuda.Stream(device)
 
 
 def rows_per_tile(heads: int) -> int:

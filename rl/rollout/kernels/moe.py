@@ -17,9 +17,6 @@ read; torch's grouped_mm with its gathers takes 2.0 to 2.7 times as long at 24 t
 Rounding is the trainer's (`rl.policy.moe`): gate and up rounded to the dtype, the routing weight multiplied into the
 activation, then one rounding. Rows do not depend on their place in a list, so the order in which the router's atomics
 filled it does not show in the result.
-
-Tried without gain: shared experts in launches of their own, beside the router on a second stream (3 % faster for 256
-rows of a Moonlight, 4 % slower for 64 and 1,024 rows and for smaller policies).
 """
 
 from __future__ import annotations
@@ -250,7 +247,7 @@ def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Til
     if rows_per_expert <= 12:
         return Tile(16, 64, 128, 4, 3), Tile(16, 128, 64, 4, 5)
     if rows_per_expert <= 28:
-        return Tile(64, 64, 64, 4, 4), Tile(32, 128, 64, 4, 5)
+        return Tile(32, 64, 64, 4, 5), Tile(32, 128, 64, 4, 5)
     if rows_per_expert <= 64:
         return Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
     return Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 4, 3)

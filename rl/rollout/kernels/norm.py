@@ -1,8 +1,8 @@
 """Residual sum and RMSNorm in one pass: x += sum of the parts of the last block's output; h = x / rms(x) * weight.
 
-In: residual x (N, D), parts (N, P, D) (those of `moe.grouped_experts`, or one: an attention block's output), summed in
-fp32. Out: x in place (rounded once to its dtype, and normalised as rounded, like the trainer's) and h (N, D).
-"""
+In: residual x (N, D), parts (N, P, D) (those of `moe.grouped_experts`, or one: an attention block's output) and
+optionally extra (N, D), summed in fp32. Out: x in place (rounded once to its dtype, and normalised as rounded, like
+the trainer's) and h (N, D). """
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import triton.language as tl
 def _combine_norm_kernel(
     x_ptr,
     parts_ptr,
+    extra_ptr,
     weight_ptr,
     h_ptr,
     eps,
@@ -31,6 +32,8 @@ def _combine_norm_kernel(
         total = tl.zeros((D_POW2,), tl.float32)
         for part in tl.static_range(PARTS):
             total += tl.load(parts_ptr + (row * PARTS + part) * D + column, mask=inside, other=0.0).to(tl.float32)
+        if extra_ptr is not None:
+            total += tl.load(extra_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + total).to(dtype)
         tl.store(x_ptr + row * D + column, x, mask=inside)
     x = x.to(tl.float32)
@@ -42,15 +45,16 @@ def _combine_norm_kernel(
 def combine_norm(
     x: torch.Tensor,
     parts: torch.Tensor | None,
+    extra: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     *,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """x: (N, D), updated in place; parts: (N, P, D) contiguous, or None for none -> out (N, D)."""
+    """x: (N, D), updated in place; parts: (N, P, D) contiguous and extra: (N, D), or None for none -> out (N, D)."""
     num_rows, width = x.shape
     _combine_norm_kernel[(num_rows,)](
-        x, parts, weight, out, eps, D=width, D_POW2=triton.next_power_of_2(width),
+        x, parts, extra, weight, out, eps, D=width, D_POW2=triton.next_power_of_2(width),
         PARTS=0 if parts is None else parts.shape[1], num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
     return out

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 
 def combine_norm(
-    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, parts: torch.Tensor | None, extra: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the new residual (N, D), rounded to its dtype, and its RMSNorm."""
     if parts is not None:
-        x = (x.float() + parts.float().sum(1)).to(x.dtype)
+        x = (x.float() + parts.float().sum(1) + (0.0 if extra is None else extra.float())).to(x.dtype)
     scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return x, (scaled * weight.float()).to(x.dtype)
 

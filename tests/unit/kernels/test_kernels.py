@@ -39,13 +39,14 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "parts"), [(1, 32, 0), (3, 100, 1), (5, 64, 7)])
-def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int) -> None:
+@pytest.mark.parametrize(("rows", "width", "parts", "more"), [(1, 32, 0, False), (3, 100, 1, False), (5, 64, 7, True)])
+def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int, more: bool) -> None:
     x, weight = drawn(rows, width, dtype=dtype), drawn(width, dtype=dtype, seed=1)
     added = drawn(rows, parts, width, dtype=dtype, seed=2) if parts else None
-    residual, expected = reference.combine_norm(x, added, weight, 1e-5)
+    extra = drawn(rows, width, dtype=dtype, seed=3) if more else None
+    residual, expected = reference.combine_norm(x, added, extra, weight, 1e-5)
     out = poison(rows, width, dtype=dtype)
-    norm.combine_norm(x, added, weight, 1e-5, out=out)
+    norm.combine_norm(x, added, extra, weight, 1e-5, out=out)
     assert_near(out, expected, dtype)
     assert_near(x, residual, dtype)
 
