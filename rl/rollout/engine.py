@@ -142,11 +142,12 @@ class _Rollout:
             routes_dtype=routes_dtype,
             one_by_one=engine.batch_invariant,
         )
+        drawn = engine.limit_of
         self.scheduler = Scheduler(
             requests,
             slots=min(shape.slots, self._most_rows(requests)),
             prompt_slots=shape.prompt_slots,
-            limit_of=engine.limit_of or (lambda request, k: limit),
+            limit_of=lambda request, k: limit if drawn is None else min(drawn(request, k), limit),
             admit_at_least=max(1, shape.slots // 8),
         )
         self.prompt_routes: dict[int, torch.Tensor] = {}

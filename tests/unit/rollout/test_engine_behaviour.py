@@ -129,6 +129,8 @@ def test_lengths_can_be_given_for_each_row(policy: Policy) -> None:
     engine.limit_of = lambda request, k: 1 + 5 * request + k
     groups = engine.generate([request("a", 4, 3), request("bb", 4, 3)], SamplingParams(16))
     assert [[len(c.token_ids) for c in group.completions] for group in groups] == [[1, 2, 3], [6, 7, 8]]
+    short = engine.generate([request("a", 4, 3), request("bb", 4, 3)], SamplingParams(2))
+    assert [[len(c.token_ids) for c in group.completions] for group in short] == [[1, 2, 2], [2, 2, 2]]
 
 
 def test_nothing_of_the_caller_changes(policy: Policy) -> None:
