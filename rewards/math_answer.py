@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from rewards.answer_text import Match
 from rewards.base import Completion, Score, completion_text
 from rewards.extract import Extraction, free_answer
+from rewards.latex_text import HostileText, plain_words
 from rewards.math_compare import compare_texts
 from rewards.pool import shared_pool
 from rewards.strict_answer import block_answer
@@ -98,6 +99,22 @@ def tagged_answer(text: str) -> Extraction:
     return block_answer(block.content) if block.content is not None else Extraction(None, block.reason)
 
 
+def _found(text: str, reference: str, tagged: bool) -> Extraction:
+    if not tagged:
+        return free_answer(text)
+    block = answer_block(text)
+    if block.content is not None and len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
+        return Extraction(block.content, "answer block")  # `June 20`, `neither`: words that look like something else
+    return tagged_answer(text)
+
+
+def _same_words(reference: str, content: str) -> bool:
+    try:
+        return plain_words(reference) == plain_words(content) != ""
+    except HostileText:
+        return False
+
+
 def accuracy_reward(
     prompts: Sequence[object],
     completions: Sequence[Completion],
@@ -121,9 +138,8 @@ def accuracy_reward(
         found = f"{len(golds)} values" if golds is not None else f"only the columns {sorted(columns) or 'none'}"
         raise ValueError(f"accuracy: column {gold_column!r} with {len(completions)} values is needed, found {found}")
     references = [reference_answer(gold) for gold in golds]
-    take = tagged_answer if tagged else free_answer
     cases = [
-        Case(reference, take(completion_text(completion)))
+        Case(reference, _found(completion_text(completion), reference, tagged))
         for reference, completion in zip(references, completions, strict=True)
         if reference is not None
     ]

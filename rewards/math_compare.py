@@ -39,7 +39,7 @@ from rewards.math_matrix import matrix_entries
 from rewards.math_nodes import Node
 from rewards.math_parse import MAX_CHARS, parse_math
 from rewards.math_rewrite import ascending, expand_chain, expand_signs, rename_variable, split_unit
-from rewards.math_tokens import MathSyntaxError
+from rewards.math_tokens import MathSyntaxError, NumbersSideBySide
 from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
 from rewards.units import units_conflict
@@ -75,6 +75,8 @@ def compare_texts(gold: str, answer: str) -> Match:
         return Match(False, "words differ", decided=not _looks_mathematical(gold))
     try:
         answer_tree = parse_math(answer)
+    except NumbersSideBySide as error:
+        return Match(False, str(error))
     except MathSyntaxError:
         plain = exact_value(gold_tree) is not None or not _looks_mathematical(answer)
         return Match(False, "answer is no expression", decided=plain)
@@ -242,6 +244,8 @@ def _value_of_relation(gold: Node, answer: Node) -> str:
             return ""
         if not _label(answer) and exact_value(answer.args[-1]) == 0 and free_symbols(answer):
             return ""
+        if canonical(gold) == canonical(answer.args[-1]):
+            return "same expression"
         return _same(gold, answer.args[-1]) or ""
     if signs == {"in"}:
         return _same(gold, answer.args[1]) or ""

@@ -19,7 +19,7 @@ from rewards.latex_text import clean_math
 from rewards.math_atoms import AtomParser
 from rewards.math_eval import exact_value
 from rewards.math_nodes import Node, NodeKind, number_node, subscripted, times
-from rewards.math_tokens import END, MathSyntaxError, Token, name_set, tokenize
+from rewards.math_tokens import END, MathSyntaxError, NumbersSideBySide, Token, name_set, tokenize
 
 MAX_HEIGHT = 60
 MAX_CHARS = 3000
@@ -31,7 +31,7 @@ _RELATIONS = {
     "Rightarrow": "=>", "=>": "=>", "Leftrightarrow": "=>", "subset": "subset", "subseteq": "subset",
 }  # fmt: skip
 # `42 thousand` is 42,000.
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _IMPLICIT_STARTS = ("(", "[", "{", "\\{")
 _PREFIX_COMMANDS = name_set(
     "frac sqrt binom begin sum prod int lim mathbb lfloor lceil overline bar vec hat ldots langle angle triangle "
@@ -173,7 +173,7 @@ class _Parser(AtomParser):
                 left = Node("div", (left, self.parse_factor()))
             elif self.accept("bmod", "mod"):
                 left = Node("opaque", (left, self.parse_factor()), "mod")
-            elif token.kind == "word" or (token.kind == "op" and token.text == "/" and self.peek(1).kind == "word"):
+            elif token.kind == "word" or (token.text in ("/", "a") and self.peek(1).kind == "word"):
                 left = self._unit(left)
             elif token.text == "(" and self.peek(1).kind == "word" and (words := self._bracketed_words()):
                 left = Node("unit", (left,), words)
@@ -199,7 +199,7 @@ class _Parser(AtomParser):
         else:
             allowed = True
         if not allowed:
-            raise MathSyntaxError("numbers side by side")
+            raise NumbersSideBySide("numbers side by side")
         return times(left, right)
 
     def parse_factor(self) -> Node:
@@ -251,8 +251,8 @@ class _Parser(AtomParser):
                 words.append(token.text)
             elif token.kind == "op" and token.text in ("/", ".") and words and self.peek(1).kind in ("word", "letter"):
                 words.append("per" if token.text == "/" else "")
-            elif token.kind == "op" and token.text == "/" and self.peek(1).kind == "word":
-                words.append("per")
+            elif token.text in ("/", "a") and self.peek(1).kind == "word":
+                words.append("per")  # `5 / hour`, `$34 a month`
             elif token.kind == "letter" and words and (token.spaced or words[-1] == "per"):
                 words.append(token.text)
             elif token.kind == "op" and token.text == "^" and words:

@@ -55,6 +55,10 @@ class MathSyntaxError(ValueError):
     """The text is no expression that the parser knows."""
 
 
+class NumbersSideBySide(MathSyntaxError):
+    """`2 3`: a list without commas; no verifier may read it as a product."""
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """`spaced`: white space stood before it (tells `1 2/3` from `12/3`, and a unit from a factor)."""

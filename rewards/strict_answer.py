@@ -25,6 +25,9 @@ from rewards.extract import (
     numbers_in,
 )
 from rewards.latex_text import strip_edges
+from rewards.math_eval import exact_value
+from rewards.math_parse import parse_math
+from rewards.math_tokens import MathSyntaxError
 from rewards.number_words import NUMBER_WORDS, number_from_words
 
 _HEADING = re.compile(r"\A#{1,6}\s+(?=\S)")
@@ -44,15 +47,15 @@ _JOINING_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 _BOUND = re.compile(
     r"(?:\b(?:(?:at|the) (?:least|most)|(?:more|less|fewer|greater|smaller|larger|other|different) than|up to|over|"
     r"under|above|below|beyond|between|double|twice|thrice|triple|half of|minus|negative|no|non|all but|anything but)\b"
-    r"|[<>≤≥≠!~¬])"
+    r"|[<>≤≥≠~¬]|(?<!\\)!)"
     r"[\s$-]*(?:\\\$)?\d"
     r"|\d\W{0,3}\b(?:at (?:least|most)|max|min|maximum|minimum|squared|cubed|and (?:a|one|two|three)|and up)\b"
     r"|\?\W*\Z|\.\.|…|\\[lc]?dots|[-+*/^=<>]\s*\Z"
 )
 _NEGATIVE = re.compile(r"\A(?:minus|negative)\s+(?=[\d$])", re.IGNORECASE)
-_PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'$%:;!?-]+[^\W\d_]*)*")
+_PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'’$%:;!?-]+[^\W\d_]*)*")
 _CALCULATION = re.compile(r"[\d\s.,+\-*/×÷()$%]+(?==|\Z)")
-_WORKING = re.compile(r"[\d\s.,+\-*/×÷()$]+=(?=\s*\$?\d)")
+_WORKING = re.compile(r"(\$?[\d(][\d\s.,+\-*/×÷()$%]*)=\s*(?=(\$?\d[\d,]*(?:\.\d+)?))")
 _ONLY_NUMBERS = re.compile(r"(?=\D*\d)[\s\d.,;:/()$\\-]+")
 _PART_BEFORE = re.compile(
     r"(?:(?<![A-Za-z]{2})(?<![A-Za-z]{2} )[-–−]|[+*/^_<>≠≤≥|!×·]|\d|\\(?:sqrt|frac|sin|cos|tan|ln|log|neq?|leq?|geq?|"
@@ -128,10 +131,25 @@ def _gaps(text: str, spans: list[Span]) -> list[str]:
 
 
 def _others(text: str, known: set[str]) -> bool:
-    """Does `text` name a number that is not in `known`? Working (`6 * 7 =`) before a known number does not count."""
+    """Does `text` name a number that is not in `known`? Working (`6 * 7 =`) before its result does not count."""
     if len(text) > MAX_ANSWER_CHARS:
         return True
-    return any(number not in known for number in numbers_in(_WORKING.sub(" ", text)))
+    return any(number not in known for number in numbers_in(_without_working(text)))
+
+
+def _without_working(text: str) -> str:
+    """`He pays 6 * 7 = 42 dollars` without `6 * 7 =`, when that is 42."""
+    return _WORKING.sub(lambda match: "" if _holds(match.group(1), match.group(2)) else match.group(), text)
+
+
+def _holds(working: str, result: str) -> bool:
+    if not re.search(r"[-+*/×÷]", working):
+        return False
+    try:
+        left, right = exact_value(parse_math(working)), exact_value(parse_math(result))
+    except MathSyntaxError:
+        return False
+    return left is not None and left == right
 
 
 # Marked answers
@@ -175,18 +193,21 @@ def _phrase(phrase: str) -> str | None:
     spelled = _spelled(phrase)
     if spelled is not None:
         return spelled
+    segments, numbers = formulas(phrase), numbers_in(phrase)
+    if not segments and not numbers:
+        return phrase  # words: `neither`
     if _HEDGE.search(phrase) or _BOUND.search(phrase):
         return None
+    if len(segments) == 1 and is_direct(segments[0].content) and not numbers_in("".join(_gaps(phrase, segments))):
+        return segments[0].content
+    phrase = _without_working(phrase)
     right = behind_connective(phrase)
     if right is not None and not numbers_in(_CALCULATION.sub(" ", phrase[: phrase.rindex(right)]), right):
         return right
     numbers = numbers_in(phrase)
     if len(numbers) == 1:
         return numbers[0] if _PROSE.fullmatch(phrase.replace(numbers[0], "")) and _agrees(phrase, numbers[0]) else None
-    segments = formulas(phrase)
-    if numbers:
-        return None
-    return ", ".join(dict.fromkeys(span.content for span in segments)) if segments else phrase
+    return None if numbers else ", ".join(dict.fromkeys(span.content for span in segments))
 
 
 def _spelled(phrase: str) -> str | None:
