@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from rewards.base import Completion, Score, completion_text
 from rewards.extract import after_thinking, find_boxes
-from rewards.latex_text import HostileText, check_visible
+from rewards.latex_text import HostileText, check_visible, strip_edges
 from rewards.tag_format import answer_block
 
 MAX_CHARS = 1000
@@ -33,6 +33,11 @@ _LATEX = (
     ("\\(", ""),
     ("\\)", ""),
 )
+_STATED = re.compile(
+    r"\A\s*(?:the\s+)?(?:final\s+)?(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)\s*", re.IGNORECASE
+)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_TIMES_LETTER = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(])")
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 
@@ -183,10 +188,17 @@ def _checked_value(expression: str, target: Fraction) -> tuple[Fraction, list[in
     boxes = find_boxes(expression)
     if len(boxes) == 1 and not expression.replace(expression[boxes[0].start : boxes[0].end], "").strip(" $\n"):
         expression = boxes[0].content
-    expression = check_visible(expression).translate(_SIGNS)
+    expression = _STATED.sub("", strip_edges(check_visible(expression)).translate(_SIGNS))
     for old, new in _LATEX:
         expression = expression.replace(old, new)
+    for _ in range(MAX_DEPTH):
+        expression, changed = _FRACTION.subn(r"((\1)/(\2))", expression)
+        if not changed:
+            break
+    expression = _TIMES_LETTER.sub("*", expression)
     left, sign, right = expression.partition("=")
+    if left.strip() == str(target):
+        left, right = right, left  # `24 = 3 * 5 + 7 + 2`
     if sign and right.strip() != str(target):
         raise CountdownError("another value behind the equals sign than the target")
     return parse_expression(left)

@@ -12,6 +12,7 @@ killed at their limit.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from rewards.symbolic import FUNCTION, TIME_LIMIT_S, worth_trying
 from rewards.tag_format import answer_block
 
 MAX_ANSWER_CHARS = 3000
+_WORD = re.compile(r"[^\W\d_]{3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ def _found(text: str, reference: str, tagged: bool) -> Extraction:
 
 def _same_words(reference: str, content: str) -> bool:
     try:
-        return plain_words(reference) == plain_words(content) != ""
+        words = plain_words(reference)
+        return words == plain_words(content) and bool(_WORD.search(words)) and "\\boxed" not in content
     except HostileText:
         return False
 

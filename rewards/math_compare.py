@@ -115,7 +115,7 @@ def _same(gold: Node, answer: Node) -> str | None:
     """The rule by which `answer` says what `gold` says, or None."""
     gold_unit, gold = split_unit(gold)
     answer_unit, answer = split_unit(answer)
-    if units_conflict(gold_unit, answer_unit):
+    if units_conflict(_measure(gold_unit, gold), _measure(answer_unit, answer)):
         return None
     gold, answer = expand_chain(expand_signs(ascending(gold))), expand_chain(expand_signs(ascending(answer)))
     for rule in (_same_relation, _same_text, _same_ratio, _same_base, _same_matrix, _same_collection):
@@ -123,6 +123,10 @@ def _same(gold: Node, answer: Node) -> str | None:
         if verdict is not None:
             return verdict or None
     return same_value(gold, answer)
+
+
+def _measure(unit: str, value: Node) -> str:
+    return unit or ("percent" if value.kind == "percent" else "")
 
 
 # Each rule below returns a rule name (equal), "" (different) or None (does not apply).

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rewards.base import Completion, Score, completion_text
-from rewards.extract import Extraction, after_thinking, find_boxes, free_answer
+from rewards.extract import Extraction, after_thinking, find_boxes, free_answer, numbers_in
+from rewards.latex_text import HostileText, check_visible
 from rewards.math_compare import compare_texts
+from rewards.strict_answer import HEDGE, WITHDRAWN, block_answer, gaps_between, without_working
 from rewards.tag_format import answer_block
 
 LETTERS = "ABCDEFGHIJ"
@@ -47,6 +49,13 @@ _NO_OPTION = re.compile(
     r"(?:given |answer |listed |provided )*(?:option|choice|answer)|\berror in the\b|\bno correct (?:option|answer)",
     re.IGNORECASE,
 )
+_REJECTED_LETTER = re.compile(
+    r"(?:\b[Nn]ot|n't|\b[Nn]ever)\s+(?:option\s+)?[(\[]?[A-J][)\]]?(?![A-Za-z])"
+    r"|(?<![A-Za-z])[(\[]?[A-J][)\]]?\s+(?:is|are)\s*(?:n't|not|wrong|incorrect|false)\b"
+)
+_DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
+_FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +94,49 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
     >>> chosen_letter("A B C D", read_options(None), strict=True).answer is None
     True
     """
-    if len(text) > MAX_CHARS and strict:
+    if strict:
+        return _block_choice(text, options)
+    text = _TEXT_COMMAND.sub("", text) if "\\boxed" not in text else text
+    boxes = find_boxes(text)
+    if boxes and (letter := _letter_of(boxes[-1].content, options)):
+        return Extraction(letter, "boxed")
+    text = _without_marks(text)
+    if letter := _letter_of(text, options):
+        return Extraction(letter, "whole text")
+    return _free_choice(text, options)
+
+
+def _without_marks(text: str) -> str:
+    return text.replace("$", " ").replace("{", " ").replace("}", " ").replace("*", " ").strip()
+
+
+def _block_choice(text: str, options: Options) -> Extraction:
+    """The one option that an answer block names; hedges, second letters, formulas and stray numbers make it none."""
+    if len(text) > MAX_CHARS:
         return Extraction(None, "the answer block is too long")
+    try:
+        text = check_visible(text).translate(_FULL_WIDTH)
+    except HostileText as error:
+        return Extraction(None, str(error))
+    if WITHDRAWN.search(text) or text.endswith(".."):
+        return Extraction(None, "struck-out, hidden or unfinished text")
     text = _TEXT_COMMAND.sub("", text) if "\\boxed" not in text else text
     boxes = find_boxes(text)
     if boxes:
-        named = dict.fromkeys(_letter_of(box.content, options) for box in (boxes if strict else boxes[-1:]))
-        letters = [letter for letter in named if letter]
-        if len(named) == 1 and letters:
-            return Extraction(letters[0], "boxed")
-        if strict:
+        letters = list(dict.fromkeys(_letter_of(box.content, options) for box in boxes))
+        if len(letters) != 1 or not letters[0]:
             return Extraction(None, "the box names no single option")
-    text = text.replace("$", " ").replace("{", " ").replace("}", " ").replace("*", " ").strip()
-    if letter := _letter_of(text, options):
-        return Extraction(letter, "answer block" if strict else "whole text")
-    return _strict_choice(text, options) if strict else _free_choice(text, options)
+        outside = _without_marks(" ".join(gaps_between(text, boxes)))
+        if _fault(outside, letters[0], options) or set(_mentions(outside, options)) - {letters[0]}:
+            return Extraction(None, "something else beside the box")
+        return Extraction(letters[0], "boxed")
+    text = _without_marks(text)
+    if letter := _letter_of(text, options, strict=True):
+        return Extraction(letter, "answer block")
+    return _strict_choice(text, options)
 
 
-def _letter_of(text: str, options: Options) -> str:
+def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
     """The letter when `text` is a choice as a whole: `B`, `(b)`, `B) 4`, `4`; '' for anything else."""
     text = _TEXT_COMMAND.sub("", text).replace("{", "").replace("}", "").replace("$", "").strip().rstrip(".")
     bare = re.fullmatch(r"[(\[]?\s*([A-Ja-j])\s*[)\]:.]?", text)
@@ -116,6 +150,8 @@ def _letter_of(text: str, options: Options) -> str:
         if letter not in options.letters or any(m.group(1) != letter and m.group(3) for m in _MENTION.finditer(rest)):
             return ""
         matching = _matching_options(rest, options)
+        if strict and not matching and (_fault(rest, letter, options) or set(_mentions(rest, options)) - {letter}):
+            return ""
         return letter if not matching or letter in matching else ""
     matching = _matching_options(text, options)
     return matching[0] if len(matching) == 1 else ""
@@ -148,9 +184,34 @@ def _strict_choice(text: str, options: Options) -> Extraction:
     label = _LABEL.match(text)
     if label is not None and letters == [label.group(1).upper()] and _matching_options(text[label.end() :], options):
         return Extraction(None, "the letter and its text name different options")
-    if len(letters) == 1 and not _NO_OPTION.search(text):
-        return Extraction(letters[0], "answer block")
-    return Extraction(None, "several options" if letters else "no option named")
+    marker = _MARKER.search(text[:60])
+    if (
+        marker is not None
+        and not HEDGE.search(text[: marker.start()])
+        and (letter := _letter_of(text[marker.end() :], options, strict=True))
+    ):
+        return Extraction(letter, "marked in the answer block")
+    if not letters:
+        answer = block_answer(text).answer
+        matching = _matching_options(answer, options) if answer else []
+        return Extraction(matching[0], "option text") if len(matching) == 1 else Extraction(None, "no option named")
+    if len(letters) > 1 or _NO_OPTION.search(text):
+        return Extraction(None, "several options")
+    fault = _fault(text, letters[0], options)
+    return Extraction(None, fault) if fault else Extraction(letters[0], "answer block")
+
+
+def _fault(text: str, letter: str, options: Options) -> str:
+    """Why words around a chosen letter do not state it plainly; '' when they do. Rejected letters (`not A, so B`) may
+    be named; numbers only as they stand in the option's text."""
+    rest = _REJECTED_LETTER.sub(" ", text)
+    if HEDGE.search(rest) or _DOUBT.search(rest):
+        return "hedging"
+    if _FORMULA.search(rest):
+        return "the letter stands in a formula"
+    numbers = numbers_in(without_working(rest))
+    known = numbers_in(options.texts[letter]) if options.texts else numbers[:1]
+    return "" if set(numbers) <= set(known) else "numbers beside the letter"
 
 
 def _free_choice(text: str, options: Options) -> Extraction:

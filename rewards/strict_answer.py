@@ -32,11 +32,11 @@ from rewards.number_words import NUMBER_WORDS, number_from_words
 
 _HEADING = re.compile(r"\A#{1,6}\s+(?=\S)")
 # Text that is shown as withdrawn, or not shown at all.
-_WITHDRAWN = re.compile(
+WITHDRAWN = re.compile(
     r"~~|<(?:s|del|strike)>|<!--|\\(?:[bx]?cancel|sout|st|iffalse)(?![a-zA-Z])|\\begin\{comment\}|^[ \t]*%",
     re.IGNORECASE | re.MULTILINE,
 )
-_HEDGE = re.compile(
+HEDGE = re.compile(
     r"\b(?:or|either|maybe|perhaps|possibly|probably|alternatively|not|never|neither|nor|unless|except|wrong|incorrect|"
     r"invalid|unsure|unknown|unlikely|cannot|guess|could be|might be|may be|instead of|rather than)\b"
     r"|n['’]t\b|或|不是",
@@ -86,7 +86,7 @@ def block_answer(content: str) -> Extraction:
     if len(content) > 20 * MAX_ANSWER_CHARS:
         return Extraction(None, "the answer block is too long")
     content = _HEADING.sub("", content.strip())
-    if _WITHDRAWN.search(content):
+    if WITHDRAWN.search(content):
         return Extraction(None, "ambiguous: struck-out or hidden text")
     boxes = find_boxes(content)
     if boxes:
@@ -102,7 +102,7 @@ def block_answer(content: str) -> Extraction:
 def _boxed(content: str, boxes: list[Span]) -> Extraction:
     stated = dict.fromkeys(box.content for box in boxes)
     answer = ", ".join(stated)
-    gaps = _gaps(content, boxes)
+    gaps = gaps_between(content, boxes)
     if all(not strip_edges(gap.replace("$", " ")).strip("\\()[] ") for gap in gaps):
         return Extraction(answer, "boxed")
     if len(boxes) == 1 and len(content) <= MAX_ANSWER_CHARS:
@@ -110,7 +110,7 @@ def _boxed(content: str, boxes: list[Span]) -> Extraction:
         if is_direct(formula):
             return Extraction(formula, "box in a formula")
     outside = " ".join(gaps)
-    if _HEDGE.search(_JOINING_OR.sub("", outside) if len(boxes) > 1 else outside):
+    if HEDGE.search(_JOINING_OR.sub("", outside) if len(boxes) > 1 else outside):
         return Extraction(None, "ambiguous: hedging beside the box")
     if any(_PART_BEFORE.search(gap[-40:]) for gap in gaps[:-1]) or any(_PART_BEHIND.match(gap) for gap in gaps[1:]):
         return Extraction(None, "ambiguous: the box is a part of a formula")
@@ -124,7 +124,7 @@ def _boxed(content: str, boxes: list[Span]) -> Extraction:
     return Extraction(answer, "boxed")
 
 
-def _gaps(text: str, spans: list[Span]) -> list[str]:
+def gaps_between(text: str, spans: list[Span]) -> list[str]:
     """What stands before, between and behind the spans."""
     edges = [0, *(edge for span in spans for edge in (span.start, span.end)), len(text)]
     return [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
@@ -134,10 +134,10 @@ def _others(text: str, known: set[str]) -> bool:
     """Does `text` name a number that is not in `known`? Working (`6 * 7 =`) before its result does not count."""
     if len(text) > MAX_ANSWER_CHARS:
         return True
-    return any(number not in known for number in numbers_in(_without_working(text)))
+    return any(number not in known for number in numbers_in(without_working(text)))
 
 
-def _without_working(text: str) -> str:
+def without_working(text: str) -> str:
     """`He pays 6 * 7 = 42 dollars` without `6 * 7 =`, when that is 42."""
     return _WORKING.sub(lambda match: "" if _holds(match.group(1), match.group(2)) else match.group(), text)
 
@@ -169,12 +169,12 @@ def _marked(content: str) -> Extraction | None:
         if answer is not None:
             answers[answer] = None
     before, behind = content[: marks[0].start()], content[marks[-1].end() :].partition(text)[2]
-    if len(answers) > 1 or _HEDGE.search(before) or _ONLY_NUMBERS.fullmatch(before):
+    if len(answers) > 1 or HEDGE.search(before) or _ONLY_NUMBERS.fullmatch(before):
         return Extraction(None, "ambiguous: several answers")
     if not answers:
         return None
     answer = next(iter(answers))
-    if _HEDGE.search(behind) or _others(behind, set(numbers_in(answer))):
+    if HEDGE.search(behind) or _others(behind, set(numbers_in(answer))):
         return Extraction(None, "ambiguous: the answer is taken back or another is named behind it")
     return Extraction(answer, "marked in the answer block")
 
@@ -196,11 +196,13 @@ def _phrase(phrase: str) -> str | None:
     segments, numbers = formulas(phrase), numbers_in(phrase)
     if not segments and not numbers:
         return phrase  # words: `neither`
-    if _HEDGE.search(phrase) or _BOUND.search(phrase):
+    if HEDGE.search(phrase) or _BOUND.search(phrase):
         return None
-    if len(segments) == 1 and is_direct(segments[0].content) and not numbers_in("".join(_gaps(phrase, segments))):
-        return segments[0].content
-    phrase = _without_working(phrase)
+    if len(segments) == 1 and not numbers_in(" ".join(gaps_between(phrase, segments))):
+        formula = segments[0].content
+        if is_direct(formula):
+            return formula
+    phrase = without_working(phrase)
     right = behind_connective(phrase)
     if right is not None and not numbers_in(_CALCULATION.sub(" ", phrase[: phrase.rindex(right)]), right):
         return right
@@ -219,7 +221,7 @@ def _spelled(phrase: str) -> str | None:
     if twice is not None and str(number_from_words(twice.group(1))) == twice.group(2).replace(",", ""):
         return twice.group(2)
     words = NUMBER_WORDS.match(phrase)
-    if words is None or _FRACTION_WORDS.search(phrase[words.end() :]) or _HEDGE.search(phrase):
+    if words is None or _FRACTION_WORDS.search(phrase[words.end() :]) or HEDGE.search(phrase):
         return None
     if not _UNIT_WORDS.fullmatch(phrase[words.end() :]) or not is_direct("2" + phrase[words.end() :]):
         return None
