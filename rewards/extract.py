@@ -78,7 +78,7 @@ _JOINING = re.compile(
 )
 _CONNECTIVE = re.compile(
     r"\b(?:is|are|equals|equal to|be|becomes|gives|get|=)\s+(?:equal to\s+)?(?=\S)"
-    r"|[:：]\s*|(?<![<>!])=\s*|≈\s*|\\approx\s*",
+    r"|(?<!\d)[:：]\s*|[:：]\s*(?!\d)|(?<![<>!])=\s*|≈\s*|\\approx\s*",
     re.IGNORECASE,
 )
 _REJECTED = re.compile(r",?\s+(?:but\s+)?(?:not|instead of|rather than)\s+(?:\$|\\\(|\d).*\Z", re.DOTALL)

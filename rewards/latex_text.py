@@ -73,6 +73,7 @@ _THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
 _TIMES_LETTER = re.compile(r"(?<=\d )x (?=\d)")
+_UNION_LETTER = re.compile(r"(?<=[)\]]) ?U ?(?=[(\[])")
 _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
@@ -151,7 +152,7 @@ def clean_math(text: str) -> str:
     text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", _SIZED.sub("", text)))
     text = _TO_RATIO.sub(r"\1:\2", strip_edges(" ".join(text.split())))
     text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
-    text = _TIMES_LETTER.sub(r"\\times ", text)
+    text = _UNION_LETTER.sub(r" \\cup ", _TIMES_LETTER.sub(r"\\times ", text))
     return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
 
 

@@ -44,6 +44,9 @@ from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
 from rewards.units import units_conflict
 
+# Where braces say what belongs to a power, `x^2+1` and `x^{2+1}` are not the same words.
+_LAYOUT_COUNTS = re.compile(r"[\^_]|\\(?:[dt]?frac|sqrt)")
+_DOLLARS, _CENTS = re.compile(r"\\\$\s*\d"), re.compile(r"\bcents?\b|¢")
 CHAIN_TOLERANCE = Fraction(1, 50)
 
 
@@ -61,8 +64,10 @@ def compare_texts(gold: str, answer: str) -> Match:
         if clean_math(gold) == clean_math(answer):
             return Match(True, "same text")
         words = plain_words(gold)
-        if words and words == plain_words(answer):
+        if words and words == plain_words(answer) and not _LAYOUT_COUNTS.search(gold + answer):
             return Match(True, "same words")
+        if _DOLLARS.search(gold) and _CENTS.search(answer) and not _CENTS.search(gold):
+            return Match(False, "cents are no dollars")
         shortcut = same_clock(words, plain_words(answer)) or same_choice(gold, answer) or same_spaced_list(gold, answer)
         if shortcut is not None:
             return shortcut
@@ -126,6 +131,9 @@ def _same(gold: Node, answer: Node) -> str | None:
 
 
 def _measure(unit: str, value: Node) -> str:
+    """The unit, also where it is written like a sign (`%`) or a variable (`5 m`)."""
+    if not unit and value.kind == "mul" and len(value.args) == 2 and value.args[0].kind == "number":
+        return value.args[1].text if value.args[1].text in ("m", "s", "g", "h", "L", "l") else ""
     return unit or ("percent" if value.kind == "percent" else "")
 
 
@@ -250,10 +258,27 @@ def _value_of_relation(gold: Node, answer: Node) -> str:
             return ""
         if canonical(gold) == canonical(answer.args[-1]):
             return "same expression"
+        if "~" in signs and not free_symbols(gold):
+            return _rounded_chain(gold, answer)
         return _same(gold, answer.args[-1]) or ""
     if signs == {"in"}:
         return _same(gold, answer.args[1]) or ""
     return _as_real_sets(gold, answer) or ""
+
+
+def _rounded_chain(gold: Node, answer: Node) -> str:
+    """`2\\sqrt{3} \\approx 3.46`: what stands before the sign is the answer, if what follows is its rounding."""
+    first = answer.text.split().index("~")
+    exact, rounded = answer.args[first], answer.args[-1]
+    if exact.kind == "symbol":
+        return _same(gold, rounded) or ""
+    try:
+        a, b = evaluate(exact, {}), evaluate(rounded, {})
+    except Undefined:
+        return _same(gold, rounded) or ""
+    if abs(a - b) > CHAIN_TOLERANCE * max(abs(a), abs(b)):
+        return ""
+    return _same(gold, exact) or _same(gold, rounded) or ""
 
 
 def _relation_against_value(gold: Node, answer: Node) -> str:
@@ -362,7 +387,8 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
     if answer.kind not in _COLLECTIONS:
         single = gold.kind in ("set", "list") and len(gold.args) == 1
         return (_same(gold.args[0], answer) or "") if single else ""
-    return _same_items(gold, answer) or _as_real_sets(gold, answer) or ""
+    alternatives = gold.kind == "tuple" and answer.kind == "list" and all(item.kind == "tuple" for item in answer.args)
+    return _same_items(gold, answer) or ("" if alternatives else _as_real_sets(gold, answer)) or ""
 
 
 def _decimal_comma(gold: Node, answer: Node) -> str:

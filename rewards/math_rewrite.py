@@ -17,7 +17,8 @@ def split_unit(node: Node) -> tuple[str, Node]:
         return f"{inner_unit} {node.text}".strip(), inner
     if node.kind == "degree":
         return "degree", node.args[0]
-    if node.kind == "list" and node.args[0].kind != "text" and all(arg.kind == "text" for arg in node.args[1:]):
+    kinds = [arg.kind for arg in node.args]
+    if node.kind == "list" and node.text == "," and kinds[0] != "text" and set(kinds[1:]) == {"text"}:
         return split_unit(node.args[0])  # `72, in total`
     if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
         unit, last = split_unit(node.args[-1])

@@ -168,7 +168,7 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
         return [Token("command", "sqrt", spaced)] if word == "sqrt" else [Token("function", word, spaced)]
     if lower in ("union", "cup"):
         return [Token("command", "cup", spaced)]
-    if lower in SMALL_WORDS or (lower in UNIT_LIKE and after.text in (".", "/")):
+    if lower in SMALL_WORDS or (lower in UNIT_LIKE and (after.text in (".", "/") or (spaced and after.text == "}"))):
         return [Token("word", word, spaced)]
     is_unit = after.kind == "number" and (spaced or lower in UNIT_LIKE)
     if len(word) <= 3 and word.isascii() and after.kind != "word" and not is_unit:

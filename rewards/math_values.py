@@ -27,6 +27,8 @@ def _without_unit_letters(node: Node) -> Node:
         letters = [arg.args[0] if arg.kind == "pow" else arg for arg in node.args[1:]]
         if all(letter.kind == "symbol" and letter.text in _UNIT_LETTERS for letter in letters):
             return node.args[0]
+        if letters[-1].kind == "symbol" and letters[-1].text in _UNIT_LETTERS and len(node.args) > 2:
+            return Node("mul", node.args[:-1])  # `3 \\times 10^8 m`
     return node
 
 
