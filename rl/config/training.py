@@ -42,6 +42,11 @@ class GRPOSection(Section):
     routing_replay: Literal[True, False, "auto"] = "auto"
     """Use the experts recorded while sampling in the update; auto: whenever the policy has experts and they are
     recorded."""
+    unbiased_kl: Flag = False
+    """Weight the KL term by the ratio, which makes its gradient unbiased off-policy (DeepSeek-V3.2)."""
+    off_policy_mask_threshold: Annotated[Number, Field(gt=0)] | None = None
+    """Rows with a negative advantage whose mean log ratio from sampler to policy exceeds this many nats per token lose
+    their policy term (DeepSeek-V3.2); null: none do."""
     importance_sampling_cap: Annotated[Number, Field(ge=1)] | None = 2.0
     """Cap of the weight exp(old_logprobs - sampling_logprobs) that corrects sampler against trainer; null: no
     weight."""

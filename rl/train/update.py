@@ -98,6 +98,8 @@ class GRPOUpdate:
             delta=section.delta,
             beta=section.beta,
             ref_logprobs=batch.ref_logprobs,
+            unbiased_kl=section.unbiased_kl,
+            off_policy_mask_threshold=section.off_policy_mask_threshold,
             sampling_logprobs=batch.sampling_logprobs,
             importance_sampling_cap=section.importance_sampling_cap,
         )

@@ -147,7 +147,13 @@ def main() -> None:
         zero3_leaf_classes=moe_leaf_classes(policy),
     )
     section = GRPOSection(
-        steps=2, loss_type=loss_type, beta=0.05, num_iterations=2, mini_batches=3, mask_truncated_completions=True
+        steps=2,
+        loss_type=loss_type,
+        beta=0.05,
+        unbiased_kl=loss_type == "dapo",
+        num_iterations=2,
+        mini_batches=3,
+        mask_truncated_completions=True,
     )
     update = GRPOUpdate(
         learner, section, micro_batch_tokens=int(micro_batch_tokens), temperature=0.8, max_completion_length=32
