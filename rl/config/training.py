@@ -63,6 +63,8 @@ class GRPOSection(Section):
             yield Contradiction("delta", f"must be above 1 + epsilon_high ({1 + high:g}), or it replaces that clip")
         if self.beta == 0 and self.ref_update_steps is not None:
             yield Contradiction("ref_update_steps", "has no effect while beta is 0: there is no reference to update")
+        if self.beta == 0 and self.unbiased_kl:
+            yield Contradiction("unbiased_kl", "has no effect while beta is 0: there is no KL term")
 
 
 class OptimizerSection(Section):
