@@ -169,8 +169,11 @@ class _Parser(AtomParser):
             if self.accept("*", "cdot", "times"):
                 left = times(left, self.parse_factor())
             elif token.kind == "op" and token.text == "/" and self.peek(1).kind != "word":
+                chained = left.kind == "div" and self.tokens[self.at - 1].kind == "number"
                 self.at += 1
                 left = Node("div", (left, self.parse_factor()))
+                if chained and _is_literal(left.args[1]):
+                    raise NumbersSideBySide("a list with slashes: numbers side by side")
             elif self.accept("bmod", "mod"):
                 left = Node("opaque", (left, self.parse_factor()), "mod")
             elif token.kind == "word" or (token.text in ("/", "a") and self.peek(1).kind == "word"):
