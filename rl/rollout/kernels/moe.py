@@ -41,6 +41,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    registers: int | None = None  # most a thread may have, where one more would cost a resident program
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +175,17 @@ def _gate_up_kernel(
         gate = tl.dot(gate_desc.load([gate_first, start]), rows, gate, input_precision=PRECISION)
         up = tl.dot(up_desc.load([up_first, start]), rows, up, input_precision=PRECISION)
     dtype = act_ptr.dtype.element_ty
-    gate = tl.trans(gate).to(dtype).to(tl.float32)
-    up = tl.trans(up).to(dtype).to(tl.float32)
+    gate = gate.to(dtype).to(tl.float32)
+    up = up.to(dtype).to(tl.float32)
     act = gate / (1.0 + tl.exp(-gate)) * up
     if NUM_EXPERTS > 0:
         choice = assignment % SLOTS
         weighted = valid & (choice < TOP_K)
         weight = tl.load(weights_ptr + (assignment // SLOTS) * TOP_K + choice, mask=weighted, other=1.0)
-        act = act * weight[:, None]
+        act = act * weight[None, :]
+    act = tl.trans(act.to(dtype))
     act_ptrs = act_ptr + assignment.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-    tl.store(act_ptrs, act.to(dtype), mask=valid[:, None] & (columns < WIDTH)[None, :])
+    tl.store(act_ptrs, act, mask=valid[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -237,7 +239,7 @@ def _down_kernel(
         matrix = desc.load([first_row, first_column + start])
         out = tl.dot(matrix, tl.trans(rows), out, input_precision=PRECISION)
     y_ptrs = y_ptr + assignment.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(y_ptrs, tl.trans(out).to(y_ptr.dtype.element_ty), mask=valid[:, None] & (columns < D)[None, :])
+    tl.store(y_ptrs, tl.trans(out.to(y_ptr.dtype.element_ty)), mask=valid[:, None] & (columns < D)[None, :])
 
 
 def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile]:
@@ -250,7 +252,8 @@ def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Til
         return Tile(32, 64, 64, 4, 5), Tile(32, 128, 64, 4, 5)
     if rows_per_expert <= 64:
         return Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
-    return Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 4, 3)
+    # 143 registers a thread let one program of 8 warps reside where 128 let two: 347 us instead of 244.
+    return Tile(128, 64, 64, 8, 3, registers=128), Tile(128, 128, 64, 4, 3)
 
 
 def grouped_experts(
@@ -277,7 +280,8 @@ def grouped_experts(
     _gate_up_kernel[(_most_tiles(num_rows, top_k, experts, first.rows) * cdiv(inner, first.out),)](
         x, _blocks(experts.gate_up, first), _blocks(experts.shared_gate, first), _blocks(experts.shared_up, first),
         weights, act, counts, lists, num_rows, lists.stride(0), **common,
-        BLOCK_M=first.rows, BLOCK_N=first.out, BLOCK_K=first.depth, num_warps=first.warps, num_stages=first.stages,
+        BLOCK_M=first.rows, BLOCK_N=first.out, BLOCK_K=first.depth,
+        num_warps=first.warps, num_stages=first.stages, maxnreg=first.registers,
     )  # fmt: skip
     _down_kernel[(_most_tiles(num_rows, top_k, experts, second.rows) * cdiv(width, second.out),)](
         act, _blocks(experts.down, second), _blocks(experts.shared_down, second), out, counts, lists, num_rows,
@@ -296,7 +300,8 @@ def gated_rows(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, act: to
     _gate_up_kernel[(cdiv(num_rows, tile.rows) * cdiv(gate.shape[0], tile.out),)](
         x, None, _blocks(gate, tile), _blocks(up, tile), None, act, None, None, num_rows, 0,
         D=width, WIDTH=gate.shape[0], NUM_EXPERTS=0, EXPERTS_POW2=1, TOP_K=0, PARTS=1, PRECISION=dot_precision(x.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.out, BLOCK_K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.rows, BLOCK_N=tile.out, BLOCK_K=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return act
 
