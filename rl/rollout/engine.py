@@ -109,6 +109,8 @@ class _Rollout:
         self.engine, self.params, self.on_group = engine, params, on_group
         policy = engine.policy
         self.device = policy.lm_head.weight.device
+        if engine.batch_invariant and self.device.type != "cpu":
+            raise ValueError("batch_invariant=True is offered on CPUs only: on a GPU tiles and splits follow the batch")
         self.sampler = Sampler.from_params(params)
         self.stop_strings: StopStrings | None = None
         if params.stop_strings:

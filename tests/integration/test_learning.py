@@ -18,16 +18,10 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 pytestmark = [pytest.mark.xdist_group("launch"), pytest.mark.timeout(900)]
 
 SHORT = [
-    "--data.train.params={split: train, size: 1000, operations: 2}",
-    "--data.eval.params={split: eval, size: 64, operations: 2}",
-    "--sft.data.params={size: 1500, operations: 2, guess_fraction: 0.6}",
-    "--sft.steps", "150",
-    "--sft.micro_batch_tokens", "4096",
-    "--rollout.max_completion_length", "32",
-    "--rollout.prompts_per_step", "8",
-    "--optimizer.learning_rate", "3e-4",
+    "--data.eval.params={split: eval, size: 64}",
+    "--sft.steps", "400",
     "--grpo.steps", "20",
-    "--model.from_config.num_hidden_layers", "2",
+    "--optimizer.learning_rate", "3e-4",
 ]  # fmt: skip
 
 
