@@ -1,8 +1,8 @@
 """What a run keeps: checkpoints to resume from, and the final policy.
 
-A checkpoint holds the learner (weights, optimizer, reference), the router biases, and a small JSON state. No random
-state: every draw is derived from the seed and the step (rl.distributed.derive_seed), and data order is a function of
-the step.
+A checkpoint holds the learner (weights, optimizer, reference), the router biases, the resolved recipe, the tracker's
+run id, and a small JSON state. No random state: every draw is derived from the seed and the step
+(rl.distributed.derive_seed), and data order is a function of the step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rl.distributed import barrier, gather_objects, is_main_process, world_size
 from rl.policy.hf import save_any
 from rl.train.checkpoint import CheckpointStore, load_json, load_tensors, save_json, save_tensors
 from rl.train.learner import Learner, StepResult
+from rl.train.metrics import RUN_ID_FILE
 
 
 class NonFiniteError(RuntimeError):
@@ -34,6 +35,7 @@ class Keeper:
     elapsed_s: training seconds before this process started. extra: what the trainer stored beside the step."""
 
     def __init__(self, folder: Path, learner: Learner, *, keep: int | None) -> None:
+        self.folder = folder
         self.learner = learner
         self.elapsed_s = 0.0
         self.extra: dict[str, Any] = {}
@@ -93,6 +95,9 @@ class Keeper:
                     "extra": extra or {},
                 }
                 save_json(folder / "trainer.json", state)
+                for name in ("recipe.yaml", RUN_ID_FILE):
+                    if (self.folder / name).exists():
+                        shutil.copy(self.folder / name, folder / name)
 
     def check_finite(self, result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
         """Stop the run, or say that the step was skipped, when loss or gradient were not finite."""
