@@ -13,7 +13,7 @@ class ProblemOrder:
 
     Every problem comes once an epoch. A step that reaches over the end of an epoch takes no problem a second time as
     long as there are at least `prompts_per_step` problems: those just seen move back behind the border. The same on
-    every rank; a rank takes its part with `shard`.
+    every rank; rank r samples problems r, r + world_size, ... of the step.
 
         ProblemOrder(5, seed=0, prompts_per_step=2): steps [a b] [c d] [e x] [.. ..], x of epoch 1 and not e
     """
@@ -36,15 +36,6 @@ class ProblemOrder:
         first = step * self.prompts_per_step
         places = (divmod(place, self.num_problems) for place in range(first, first + self.prompts_per_step))
         return [self._problem_at(epoch, place) for epoch, place in places]
-
-    def shard(self, step: int, rank: int, world_size: int) -> list[int]:
-        """The part of `indices(step)` that rank samples: equal, contiguous, in the order of the ranks."""
-        if self.prompts_per_step % world_size:
-            raise ValueError(
-                f"prompts_per_step = {self.prompts_per_step} cannot be divided among {world_size} processes"
-            )
-        size = self.prompts_per_step // world_size
-        return self.indices(step)[rank * size : (rank + 1) * size]
 
     def epoch(self, step: int) -> float:
         """Epochs completed before this step."""

@@ -11,7 +11,6 @@ bf16 the absorption stays two steps, since rounding a product matrix would move 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,24 +177,3 @@ def _read_mlp(result: LayerWeights, mlp: Any, owned: list[torch.Tensor]) -> None
     if dense is not None:
         result.dense_gate_up = _own(torch.cat((dense.gate_proj.weight, dense.up_proj.weight)), owned)
         result.dense_down = dense.down_proj.weight
-
-
-def step_bytes(weights: DecodeWeights, experts_hit: int | None = None) -> Iterator[int]:
-    """Bytes of each matrix that one step reads; experts_hit: how many experts of a layer get a token (None: all)."""
-    for layer in weights.layers:
-        for matrix in (
-            layer.joined,
-            layer.query,
-            layer.absorb_k,
-            layer.absorb_v,
-            layer.output,
-            layer.dense_gate_up,
-            layer.dense_down,
-        ):
-            if matrix is not None:
-                yield matrix.numel() * matrix.element_size()
-        for stack in (layer.expert_gate_up, layer.expert_down):
-            if stack is not None:
-                hit = stack.shape[0] if experts_hit is None else experts_hit
-                yield hit * stack[0].numel() * stack.element_size()
-    yield weights.head.numel() * weights.head.element_size()
