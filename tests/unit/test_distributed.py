@@ -44,13 +44,14 @@ def test_alone_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 TWO_PROCESSES = """
 import sys
 import torch.distributed as dist
-from rl.distributed import barrier, gather_objects, rank, sum_over_ranks, world_size
+from rl.distributed import gather_objects, leave_process_group, rank, sum_over_ranks, world_size
 me = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[2], rank=me, world_size=2)
 sums = {"b": 2.0 ** 40 + me, "a": 0.25} if me else {"a": 0.5, "b": 2.0 ** 40}
 print(rank(), world_size(), sum_over_ranks(sums), gather_objects({"me": me}))
-barrier()
-dist.destroy_process_group()
+leave_process_group()
+assert (rank(), world_size(), dist.is_initialized()) == (0, 1, False)  # alone again
+leave_process_group()  # and once more does nothing
 """
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rewards.scorer import ScoredBatch
 from rl.config import GRPOSection, OptimizerSection
-from rl.distributed import barrier, gather_objects, rank, world_size
+from rl.distributed import gather_objects, leave_process_group, rank, world_size
 from rl.grpo.advantages import group_advantages
 from rl.policy.config import PolicyConfig
 from rl.policy.model import init_policy, moe_leaf_classes
@@ -193,7 +193,7 @@ def main() -> None:
             },
             out,
         )
-    barrier()
+    leave_process_group()
 
 
 if __name__ == "__main__":
