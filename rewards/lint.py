@@ -20,7 +20,7 @@ from typing import Any
 
 from rewards.column_check import missing_columns
 from rewards.math_answer import reference_answer
-from rewards.reward_entry import ROW_ARGUMENTS, RewardEntry
+from rewards.reward_entry import RewardEntry
 from rewards.scorer import RewardScorer, ScoredBatch
 
 CORPUS = Path(__file__).with_name("data") / "hostile.jsonl"
@@ -144,8 +144,8 @@ def _check_columns(entry: RewardEntry, columns: Mapping[str, Any], report: Repor
 
 def _note_near_misses(entry: RewardEntry, columns: Mapping[str, Any], report: Report) -> None:
     """An optional argument that nearly has a column's name may be meant for it."""
-    for key in entry.named_arguments:
-        if key in (*ROW_ARGUMENTS, "group_ids", *columns, *entry.params, *entry.columns):
+    for key in entry.column_arguments:
+        if key in columns or key in entry.columns:
             continue
         near = difflib.get_close_matches(
             key, [column for column in columns if column not in entry.named_arguments], 1, 0.8

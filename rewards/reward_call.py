@@ -61,6 +61,9 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
     renamed = set(entry.columns.values())
     columns = {key: values for key, values in batch.columns.items() if key not in renamed}
     columns |= {argument: batch.columns[column] for argument, column in entry.columns.items()}
+    params = dict(entry.params)
+    if entry.builtin:
+        _keep_apart(entry, columns, params)
     own = {
         "prompts": batch.prompts,
         "completions": batch.completions,
@@ -75,7 +78,18 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
             arguments[key] = [values[row] for row in rows]
     if entry.conversational:
         _to_messages(arguments)
-    return {**arguments, **entry.params}
+    return {**arguments, **params}
+
+
+def _keep_apart(entry: RewardEntry, columns: dict[str, Sequence[Any]], params: dict[str, Any]) -> None:
+    """A column that has the name of a built-in's setting must not replace it. If a setting asks for that column, as in
+    `language_column: language`, it goes by another name."""
+    settings = [key for key in entry.named_arguments if key not in entry.column_arguments]
+    taken = {key: columns.pop(key) for key in settings if key in columns}
+    for setting, column in entry.column_settings.items():
+        if column in taken:
+            params[setting] = f"column {column}"
+            columns[params[setting]] = taken[column]
 
 
 def _to_messages(arguments: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
+RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids")
 _OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
@@ -105,14 +106,25 @@ class RewardEntry:
         return self.path in BUILTINS.values()
 
     @property
+    def column_arguments(self) -> list[str]:
+        """Arguments that dataset columns fill, if the recipe's params do not: all of a user's function; of a built-in
+        those without a default, since the others are its settings."""
+        return [
+            key
+            for key, item in self.named_arguments.items()
+            if key not in (*RESERVED_ARGUMENTS, *self.params)
+            and not (self.builtin and item.default is not inspect.Parameter.empty)
+        ]
+
+    @property
     def needed_columns(self) -> dict[str, str]:
         """Dataset columns without which the function cannot be called -> what asks for each of them."""
-        needed: dict[str, str] = {}
-        for key, item in self.named_arguments.items():
-            if key in (*ROW_ARGUMENTS, "group_ids", *self.params):
-                continue
-            if key in self.columns or item.default is inspect.Parameter.empty:
-                needed[self.columns.get(key, key)] = f"argument {key!r}"
+        named = self.named_arguments
+        needed = {
+            self.columns.get(key, key): f"argument {key!r}"
+            for key in self.column_arguments
+            if key in self.columns or named[key].default is inspect.Parameter.empty
+        }
         needed |= {column: f"columns.{key}" for key, column in self.columns.items() if column not in needed}
         needed |= {column: key for key, column in self.column_settings.items() if column not in needed}
         if self.when is not None and self.when.column not in needed:
@@ -210,9 +222,11 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
 
 
 def _check_arguments(entry: RewardEntry) -> None:
-    named = [key for key in entry.named_arguments if key not in (*ROW_ARGUMENTS, "group_ids")]
+    named = [key for key in entry.named_arguments if key not in RESERVED_ARGUMENTS]
     for kind, keys in (("params", entry.params), ("columns", entry.columns)):
         for key in keys:
+            if key in RESERVED_ARGUMENTS:
+                raise ValueError(f"{entry.name}: {kind}: {key!r} is not allowed; the scorer gives it")
             # A user's function may read what it likes out of **kwargs; of ours we know that a stranger is a
             # misspelling.
             if key not in named and (entry.builtin or not entry.takes_any):
@@ -220,6 +234,10 @@ def _check_arguments(entry: RewardEntry) -> None:
                 raise ValueError(
                     f"{entry.name}: {kind}: it has no argument {key!r}{nearest_name(key, named)} Allowed: {allowed}"
                 )
+    if entry.builtin:
+        for key in entry.columns:
+            if key not in (*entry.column_arguments, *entry.params):
+                raise ValueError(f"{entry.name}: columns: {key!r} is a setting, no column; it goes into params")
     both = sorted(set(entry.params) & set(entry.columns))
     if both:
         raise ValueError(f"{entry.name}: {', '.join(both)} stands both in params and in columns")

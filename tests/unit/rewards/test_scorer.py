@@ -149,6 +149,30 @@ def test_parameters_columns_and_row_arguments(file: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("setting", "text", "columns", "value"),
+    [
+        ("language_consistency", "We add two", {"language": ["fr"]}, 1.0),  # English, the default
+        ({"func": "language_consistency", "params": {"language_column": "language"}}, "We", {"language": ["zh"]}, 0.0),
+        ({"func": "regex", "params": {"pattern": "[a-z]"}}, "<answer>a</answer>", {"pattern": ["B"]}, 1.0),
+        ({"func": "regex", "params": {"pattern_column": "pattern"}}, "<answer>a</answer>", {"pattern": ["B"]}, 0.0),
+        (
+            {"func": "json_schema", "params": {"schema_column": "schema"}},
+            "<answer>3</answer>",
+            {"schema": ['{"type": "integer"}'], "tagged": [False]},
+            1.0,
+        ),
+        ({"func": "accuracy", "params": {"gold_column": "tagged"}}, "<answer>4</answer>", {"tagged": ["4"]}, 1.0),
+        ("repetition_penalty", "a b a b", {"ngram_size": [None], "max_penalty": ["x"]}, 0.0),
+    ],
+)
+def test_a_column_never_replaces_a_setting_of_a_built_in(
+    setting: Any, text: str, columns: dict[str, list[Any]], value: float
+) -> None:
+    batch = score(RewardScorer([setting]), [text], **columns)
+    assert batch.rewards == [value]
+
+
 def test_rows_are_chosen_by_condition_and_by_task_column(file: str) -> None:
     scorer = RewardScorer(
         [{"func": f"{file}:length", "when": {"column": "task", "in": ["code", "math"]}}, f"{file}:brevity"]
@@ -248,6 +272,9 @@ def test_groups_scored_one_by_one_merge_to_the_same(file: str) -> None:
         ([{"func": "format", "time_limit_s": 1.0}], None, "no effect without `isolate"),
         ([{"func": "majority", "isolate": True}], None, "needs whole groups"),
         ([{"func": 3}], None, "func: 3 is not allowed"),
+        ([{"func": "accuracy", "columns": {"gold_column": "gold"}}], None, "'gold_column' is a setting"),
+        ([{"func": "accuracy", "params": {"completions": ["x"]}}], None, "'completions' is not allowed"),
+        ([{"func": "code", "columns": {"tests": "cases"}, "params": {"tests": []}}], None, "both in params and"),
     ],
 )
 def test_wrong_recipes_are_told_at_construction(entries: Any, weights: Any, says: str) -> None:
