@@ -25,8 +25,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,14 +104,6 @@ class VerifierPool:
     def map(self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None) -> list[Outcome]:
         """Call `function` with every job; the outcomes are in the order of the jobs."""
         return [future.result() for future in [self.submit(function, job, time_limit_s=time_limit_s) for job in jobs]]
-
-    def stream(
-        self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None
-    ) -> Iterator[tuple[int, Outcome]]:
-        """Like `map`, but yields (index of the job, outcome) as soon as each is known."""
-        futures = {self.submit(function, job, time_limit_s=time_limit_s): index for index, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
 
     def close(self) -> None:
         """End the workers. Jobs still queued give an error outcome; calling this twice is harmless."""

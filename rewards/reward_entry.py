@@ -18,7 +18,6 @@ ValueError that names every entry and key that is wrong.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -146,17 +145,6 @@ class RewardEntry:
     def holds_for(self, row: Mapping[str, Any]) -> bool:
         """Whether `when` lets the function score this row."""
         return self.when is None or self.when.holds(row.get(self.when.column))
-
-    def metadata(self) -> dict[str, Any]:
-        source = inspect.getsourcefile(inspect.unwrap(self.function))
-        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
-        return {
-            "name": self.name,
-            "func": self.path,
-            "weight": self.weight,
-            "params": dict(self.params),
-            "source_sha256": digest,
-        }
 
 
 def parse_entries(

@@ -142,10 +142,6 @@ class RewardScorer:
     def names(self) -> list[str]:
         return [entry.name for entry in self.entries]
 
-    def metadata(self) -> list[dict[str, Any]]:
-        """For the record kept with a run: name, function, weight, parameters and sha256 of the source file of each."""
-        return [entry.metadata() for entry in self.entries]
-
     def score(
         self,
         prompts: Sequence[str],

@@ -301,9 +301,3 @@ def test_columns_that_are_missing_or_short(file: str) -> None:
             ["a"],
             answer=["a"],
         )
-
-
-def test_metadata_names_what_was_used(file: str) -> None:
-    (entry,) = RewardScorer([{"func": f"{file}:brevity", "params": {"limit": 5}, "weight": 2}]).metadata()
-    assert entry["name"] == "brevity" and entry["params"] == {"limit": 5} and entry["weight"] == 2.0
-    assert len(entry["source_sha256"]) == 64
