@@ -193,10 +193,10 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
         params=_mapping(settings, "params", name),
         columns=_mapping(settings, "columns", name),
         when=_condition(settings.get("when"), name),
-        isolate=bool(settings.get("isolate", False)),
+        isolate=_truth(settings.get("isolate", False), f"{name}: isolate"),
         time_limit_s=_number(settings.get("time_limit_s", 5.0), f"{name}: time_limit_s", above_zero=True),
         timeout_score=_number_or_none(settings.get("timeout_score"), f"{name}: timeout_score"),
-        conversational=bool(settings.get("conversational", False)),
+        conversational=_truth(settings.get("conversational", False), f"{name}: conversational"),
     )
     _check_arguments(entry)
     _check_isolation(entry, settings)
@@ -223,6 +223,9 @@ def _check_arguments(entry: RewardEntry) -> None:
                     f"{entry.name}: {kind}: it has no argument {key!r}{nearest_name(key, named)} Allowed: {allowed}"
                 )
     if entry.builtin:
+        for key, value in entry.params.items():
+            if isinstance(entry.named_arguments[key].default, bool):
+                _truth(value, f"{entry.name}: params: {key}")
         for key in entry.columns:
             if key not in (*entry.column_arguments, *entry.params):
                 raise ValueError(f"{entry.name}: columns: {key!r} is a setting, no column; it goes into params")
@@ -265,6 +268,12 @@ def _mapping(settings: Mapping[str, Any], key: str, name: str) -> dict[str, Any]
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}: {key}: {value!r} is not allowed; a mapping of argument names")
     return dict(value)
+
+
+def _truth(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):  # the text "no" would count as true
+        raise ValueError(f"{where}: {value!r} is not allowed; true or false")
+    return value
 
 
 def _number(value: Any, where: str, *, above_zero: bool = False) -> float:
