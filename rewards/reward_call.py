@@ -7,7 +7,6 @@ returns or raises is checked here; the scorer only adds up.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -98,31 +97,10 @@ def _to_messages(arguments: dict[str, Any]) -> None:
             arguments[key] = [[{"role": role, "content": text}] for text in arguments[key]]
 
 
-def call_here(entry: RewardEntry, arguments: dict[str, Any], count: int) -> list[Verdict]:
-    """Call a synchronous function in this process; `count` verdicts."""
-    started = time.monotonic()
-    try:
-        returned = entry.function(**arguments)
-    except (
-        Exception
-    ) as error:  # the border to a user's function: carried on by name to the scorer, which stops or masks
-        return [_failed(f"{type(error).__name__}: {error}", time.monotonic() - started)] * count
-    return read_verdicts(returned, count, time.monotonic() - started)
-
-
-async def call_async(entry: RewardEntry, arguments: dict[str, Any], count: int) -> list[Verdict]:
-    """Await an async function; `count` verdicts."""
-    started = time.monotonic()
-    try:
-        returned = await entry.function(**arguments)
-    except Exception as error:  # as in call_here
-        return [_failed(f"{type(error).__name__}: {error}", time.monotonic() - started)] * count
-    return read_verdicts(returned, count, time.monotonic() - started)
-
-
 def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int], pool: VerifierPool) -> list[Verdict]:
     """Call the function row by row in worker processes."""
     jobs = [(entry.path, call_arguments(entry, batch, [row])) for row in rows]
+    assert entry.time_limit_s is not None, entry.name
     outcomes = pool.map("rewards.reward_call:call_by_name", jobs, entry.time_limit_s)
     return [_isolated_verdict(outcome, entry.timeout_score) for outcome in outcomes]
 
@@ -137,7 +115,7 @@ def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
     if outcome.status == "ok":
         return read_verdicts(outcome.value, 1, outcome.seconds)[0]
     if outcome.status == "error":
-        return _failed(outcome.error, outcome.seconds)
+        return failed(outcome.error, outcome.seconds)
     if timeout_score is None:
         return Verdict(Score(None, outcome.error, rule=outcome.status), "timeout", outcome.seconds)
     return Verdict(Score(timeout_score, outcome.error, rule=outcome.status), "timeout", outcome.seconds)
@@ -148,9 +126,9 @@ def read_verdicts(returned: Any, count: int, seconds: float) -> list[Verdict]:
     accepted."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple):
-        return [_failed(f"returned {_shown(returned)}, not a list of {count} values", seconds)] * count
+        return [failed(f"returned {_shown(returned)}, not a list of {count} values", seconds)] * count
     if len(values) != count:
-        return [_failed(f"returned {len(values)} values for {count} completions", seconds)] * count
+        return [failed(f"returned {len(values)} values for {count} completions", seconds)] * count
     return [_read_value(value, seconds) for value in values]
 
 
@@ -164,19 +142,20 @@ def _read_value(value: Any, seconds: float) -> Verdict:
     if hasattr(number, "item"):  # a scalar of numpy or torch
         number = number.item()
     if not isinstance(number, Real):
-        return _failed(f"returned {_shown(number)}, which is not a number", seconds)
+        return failed(f"returned {_shown(number)}, which is not a number", seconds)
     try:
         plain = float(number)
     except OverflowError:
         plain = math.inf
     if not math.isfinite(plain):
-        return _failed(f"returned {_shown(number)}, which is not finite", seconds)
+        return failed(f"returned {_shown(number)}, which is not finite", seconds)
     if score is None:
         return Verdict(Score(plain), "ok", seconds)
     return Verdict(score, "timeout" if score.rule.endswith(TIMEOUT_RULE) else "ok", seconds)
 
 
-def _failed(problem: str, seconds: float) -> Verdict:
+def failed(problem: str, seconds: float) -> Verdict:
+    """The function failed on a row, or on all of them."""
     return Verdict(Score(None, problem, rule=ERROR_RULE), "error", seconds)
 
 

@@ -21,7 +21,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,9 @@ ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
 )  # fmt: skip
 
+
+# Seconds: one row in a worker process; a whole call in this process, where only a function that hangs needs so long.
+ISOLATED_LIMIT_S, CALL_LIMIT_S = 5.0, 600.0
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -64,7 +67,8 @@ class Condition:
 class RewardEntry:
     """name: unique, used in metrics and by task_column. path: `module:function`, loadable from any process.
     weight: factor in the sum. params: keyword arguments from the recipe. columns: argument name -> dataset column.
-    when: None means every row. isolate: call row by row in a worker process, at most time_limit_s seconds each.
+    when: None means every row. isolate: call row by row in a worker process. time_limit_s: seconds of a row there
+    (default 5), else of a call with all rows in this process (default 600; None: the function bounds itself).
     timeout_score: what a row is worth that ran out of time or memory there; None means that this is an error.
     conversational: pass prompts and completions as TRL's lists of messages instead of text.
     """
@@ -77,7 +81,7 @@ class RewardEntry:
     columns: Mapping[str, str] = field(default_factory=dict)
     when: Condition | None = None
     isolate: bool = False
-    time_limit_s: float = 5.0
+    time_limit_s: float | None = None
     timeout_score: float | None = None
     conversational: bool = False
 
@@ -194,10 +198,12 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
         columns=_mapping(settings, "columns", name),
         when=_condition(settings.get("when"), name),
         isolate=_truth(settings.get("isolate", False), f"{name}: isolate"),
-        time_limit_s=_number(settings.get("time_limit_s", 5.0), f"{name}: time_limit_s", above_zero=True),
         timeout_score=_number_or_none(settings.get("timeout_score"), f"{name}: timeout_score"),
         conversational=_truth(settings.get("conversational", False), f"{name}: conversational"),
     )
+    limit = settings.get("time_limit_s", _default_limit(entry))
+    if limit is not None or "time_limit_s" in settings:
+        entry = replace(entry, time_limit_s=_number(limit, f"{name}: time_limit_s", above_zero=True))
     _check_arguments(entry)
     _check_isolation(entry, settings)
     check = getattr(function, "check_params", None)
@@ -207,6 +213,13 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
         except (ValueError, TypeError) as error:
             raise ValueError(f"{entry.name}: params: {error}") from error
     return entry
+
+
+def _default_limit(entry: RewardEntry) -> float | None:
+    """Our own synchronous functions bound every row by themselves, so that many rows may take long together."""
+    if entry.isolate:
+        return ISOLATED_LIMIT_S
+    return None if entry.builtin and not entry.is_async else CALL_LIMIT_S
 
 
 def _check_arguments(entry: RewardEntry) -> None:
@@ -245,9 +258,8 @@ def _check_isolation(entry: RewardEntry, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{entry.name}: isolate is not possible for an async function")
     if entry.isolate and entry.wants_groups:
         raise ValueError(f"{entry.name}: isolate calls row by row, but this function needs whole groups (group_ids)")
-    for key in ("time_limit_s", "timeout_score"):
-        if key in settings and not entry.isolate:
-            raise ValueError(f"{entry.name}: {key} has no effect without `isolate: true`")
+    if "timeout_score" in settings and not entry.isolate:
+        raise ValueError(f"{entry.name}: timeout_score has no effect without `isolate: true`")
 
 
 def _condition(raw: Any, name: str) -> Condition | None:

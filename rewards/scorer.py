@@ -17,28 +17,21 @@ broadcast and nothing becomes a silent 0. True and False count as 1 and 0.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rewards.base import Score
 from rewards.column_check import column_problems, missing_column, named_functions
+from rewards.daemon_threads import DaemonThreads
+from rewards.in_process import InProcess
 from rewards.pool import VerifierPool, shared_pool
-from rewards.reward_call import (
-    Batch,
-    RowStatus,
-    Verdict,
-    call_arguments,
-    call_async,
-    call_here,
-    call_isolated,
-)
+from rewards.reward_call import Batch, RowStatus, Verdict, call_arguments, call_isolated
 from rewards.reward_entry import RewardEntry, parse_entries
 
 _EXCERPT_CHARS = 200
@@ -134,8 +127,8 @@ class RewardScorer:
         self.on_error = on_error
         self.task_column = task_column
         self._pool = pool
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._executor: ThreadPoolExecutor | None = None
+        self._callers = {entry.name: InProcess(entry) for entry in self.entries if not entry.isolate}
+        self._executor: DaemonThreads | None = None
         self._lock = threading.Lock()
 
     @property
@@ -156,21 +149,27 @@ class RewardScorer:
         """
         batch = Batch(prompts, completions, completion_ids, columns, group_ids)
         rows_of = {entry.name: self._rows(entry, batch) for entry in self.entries}
-        waiting: dict[str, Future[list[Verdict]]] = {}
-        for entry in self.entries:  # these wait for others, so they run while the synchronous ones compute
+        called = [entry for entry in self.entries if rows_of[entry.name]]
+        waiting = {
+            entry.name: self._callers[entry.name].start(
+                call_arguments(entry, batch, rows_of[entry.name]), len(rows_of[entry.name])
+            )
+            for entry in called
+            if entry.is_async
+        }
+        given: dict[str, list[Verdict]] = {entry.name: [] for entry in self.entries}
+        for entry in sorted(called, key=lambda entry: entry.is_async):  # they wait for others while the rest computes
             rows = rows_of[entry.name]
-            if entry.is_async and rows:
-                call = call_async(entry, call_arguments(entry, batch, rows), len(rows))
-                waiting[entry.name] = asyncio.run_coroutine_threadsafe(call, self._running_loop())
+            if entry.is_async:
+                given[entry.name] = self._callers[entry.name].verdicts(waiting[entry.name], len(rows))
+            else:
+                given[entry.name] = self._call(entry, batch, rows)
+            self._stop_at_error(entry, rows, given[entry.name], batch)
         verdicts: dict[str, list[Verdict]] = {}
-        for entry in self.entries:
-            rows = rows_of[entry.name]
-            given = waiting[entry.name].result() if entry.name in waiting else self._call(entry, batch, rows)
-            self._stop_at_error(entry, rows, given, batch)
-            column = [_DOES_NOT_APPLY] * len(batch.completions)
-            for row, verdict in zip(rows, given, strict=True):
-                column[row] = verdict
-            verdicts[entry.name] = column
+        for name, rows in rows_of.items():
+            verdicts[name] = [_DOES_NOT_APPLY] * len(batch.completions)
+            for row, verdict in zip(rows, given[name], strict=True):
+                verdicts[name][row] = verdict
         return self._scored(verdicts, len(batch.completions))
 
     def submit(
@@ -185,18 +184,17 @@ class RewardScorer:
         `merge_batches`."""
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="reward-scorer")
+                self._executor = DaemonThreads(4, "reward-scorer")
             return self._executor.submit(self.score, prompts, completions, completion_ids, columns, group_ids)
 
     def close(self) -> None:
-        """Stop the threads that this scorer started. The shared pool stays."""
+        """Let the threads that this scorer started end; a call that hangs is not waited for. The shared pool stays."""
         with self._lock:
             if self._executor is not None:
-                self._executor.shutdown()
+                self._executor.shutdown(wait=False, cancel_futures=True)
                 self._executor = None
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._loop = None
+        for caller in self._callers.values():
+            caller.close()
 
     def check_columns(self, columns: Collection[str], *, source: str, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Whether a dataset with these columns can be scored; call it before a run starts to pay.
@@ -234,11 +232,10 @@ class RewardScorer:
             raise ValueError(f"row {row}, column {self.task_column!r}: {error}") from error
 
     def _call(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
-        if not rows:
-            return []
         if entry.isolate:
             return call_isolated(entry, batch, rows, self._pool or shared_pool())
-        return call_here(entry, call_arguments(entry, batch, rows), len(rows))
+        caller = self._callers[entry.name]
+        return caller.verdicts(caller.start(call_arguments(entry, batch, rows), len(rows)), len(rows))
 
     def _stop_at_error(self, entry: RewardEntry, rows: Sequence[int], given: list[Verdict], batch: Batch) -> None:
         if self.on_error == "mask":
@@ -283,13 +280,6 @@ class RewardScorer:
             if hasattr(entry.function, "take_counters")
             for key, amount in entry.function.take_counters().items()
         }
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="reward-loop", daemon=True).start()
-            return self._loop
 
 
 def _sample_std(values: Sequence[float]) -> float:
