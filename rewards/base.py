@@ -1,4 +1,4 @@
-"""`Score`: what one reward function thinks of one completion, and why.
+"""`Score`: what one reward function thinks of one completion, and why; `Counters`: what it counts while it does so.
 
 A reward function may return plain floats (TRL's signature); the built-in ones return `Score`, so that every decision
 can be read later: what was extracted, what it was compared with, and which rule decided.
@@ -6,6 +6,7 @@ can be read later: what was extracted, what it was compared with, and which rule
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,32 @@ class Score:
     extracted: str | None = None
     gold: str | None = None
     rule: str = ""
+
+
+class Counters:
+    """What a function counts by itself (calls, cost). One that has an argument `counters` gets the one of its entry,
+    and what it adds is logged as `rewards/<name>/<key>`, summed. Safe to share between threads.
+
+    >>> counters = Counters()
+    >>> counters.add(calls=1); counters.add(calls=2, cost_usd=0.5)
+    >>> counters.take(), counters.take()
+    ({'calls': 3, 'cost_usd': 0.5}, {})
+    """
+
+    def __init__(self) -> None:
+        self._amounts: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            for key, amount in amounts.items():
+                self._amounts[key] = self._amounts.get(key, 0) + amount
+
+    def take(self) -> dict[str, float]:
+        """What was added since the last time."""
+        with self._lock:
+            taken, self._amounts = self._amounts, {}
+        return taken
 
 
 def completion_text(completion: Completion) -> str:

@@ -3,8 +3,8 @@ reference.
 
 In: prompts, completions, the endpoint's settings from the recipe. Out: `Score`s from 0 to 1; None with rule "error"
 where the judge could not be reached or gave no readable verdict after all retries (the recipe's on_error then stops or
-masks). Answers are kept on disk, so a resumed run pays once. Counted as `rewards/judge/...`: calls, cached, retries,
-failures, prompt_tokens, completion_tokens, cost_usd.
+masks). Answers are kept on disk, so a resumed run pays once. Counted as `rewards/<name>/...`, by entry: calls, cached,
+retries, failures, prompt_tokens, completion_tokens, cost_usd.
 
 The text to be judged stands between marks that contain a hash of it, so that it cannot close them, and the judge is
 told that it is data. That makes injection harder, not impossible: a judge is a weaker reward than a verifier.
@@ -25,13 +25,13 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from rewards.base import Completion, Score, completion_text
+from rewards.base import Completion, Counters, Score, completion_text
+from rewards.daemon_threads import DaemonThreads
 from rewards.reward_entry import checked_by
 
 _RETRIED_CODES = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -85,22 +85,16 @@ def _check(**params: Any) -> None:
             raise ValueError(f"{key}: {params[key]!r} is not allowed; at least {lowest}")
 
 
-_counters: dict[str, float] = {}
-_counters_lock = threading.Lock()
+_threads: dict[tuple[str, int], DaemonThreads] = {}
+_threads_lock = threading.Lock()
 
 
-def _count(**amounts: float) -> None:
-    with _counters_lock:
-        for name, amount in amounts.items():
-            _counters[name] = _counters.get(name, 0.0) + amount
-
-
-def take_counters() -> dict[str, float]:
-    """What was counted since the last call; the scorer logs it."""
-    with _counters_lock:
-        taken = dict(_counters)
-        _counters.clear()
-    return taken
+def _endpoint_threads(url: str, concurrency: int) -> DaemonThreads:
+    """The threads that ask this endpoint, the same for all calls, so that the limit holds for all of them together."""
+    with _threads_lock:
+        if (url, concurrency) not in _threads:
+            _threads[url, concurrency] = DaemonThreads(concurrency, "judge")
+        return _threads[url, concurrency]
 
 
 @checked_by(_check)
@@ -124,6 +118,7 @@ async def judge_reward(
     max_tokens: int = 512,
     usd_per_million_prompt_tokens: float = 0.0,
     usd_per_million_completion_tokens: float = 0.0,
+    counters: Counters | None = None,
     **columns: Sequence[Any],
 ) -> list[Score]:
     """rubric: score / max_score, cut to [0, 1]. pairwise: 1 for better than the reference, 0.5 for a tie, 0 for worse,
@@ -141,14 +136,10 @@ async def judge_reward(
     )
     prices = (usd_per_million_prompt_tokens, usd_per_million_completion_tokens)
     references = columns[reference_column] if reference_column is not None else [None] * len(completions)
-    cache = _Cache(cache_folder, prices)
-    with ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="judge") as threads:
-        judge = _Judge(mode, rubric, max_score, endpoint, cache, threads)
-        rows = zip(prompts, completions, references, strict=True)
-        return list(await asyncio.gather(*(judge.score(str(row[0]), completion_text(row[1]), row[2]) for row in rows)))
-
-
-judge_reward.take_counters = take_counters  # type: ignore[attr-defined]
+    client = _Client(endpoint, cache_folder, prices, counters or Counters())
+    judge = _Judge(mode, rubric, max_score, client, _endpoint_threads(endpoint.url, concurrency))
+    rows = zip(prompts, completions, references, strict=True)
+    return list(await asyncio.gather(*(judge.score(str(row[0]), completion_text(row[1]), row[2]) for row in rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +149,8 @@ class _Judge:
     mode: str
     rubric: str
     max_score: float
-    endpoint: _Endpoint
-    cache: _Cache
-    threads: ThreadPoolExecutor
+    client: _Client
+    threads: DaemonThreads
 
     async def score(self, prompt: str, response: str, reference: Any) -> Score:
         if self.mode == "pairwise" and reference is None:
@@ -171,7 +161,7 @@ class _Judge:
             else:
                 value, said = await self._by_comparison(prompt, response, str(reference))
         except JudgeFailure as failure:
-            _count(failures=1)
+            self.client.counters.add(failures=1)
             return Score(None, f"judge: {failure}", rule="error")
         gold = None if reference is None else str(reference)[:200]
         return Score(value, said[-500:], response[-200:], gold, self.mode)
@@ -192,7 +182,7 @@ class _Judge:
 
     async def _ask(self, task: str, shown: Sequence[tuple[str, str]]) -> str:
         question = _question(task, shown)
-        return await asyncio.get_running_loop().run_in_executor(self.threads, self.cache.ask, self.endpoint, question)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self.client.ask, question)
 
 
 def _question(task: str, shown: Sequence[tuple[str, str]]) -> str:
@@ -235,14 +225,19 @@ def _read_win(answer: str, ours: str) -> float:
     return 0.5 if winner == "tie" else float(winner == ours)
 
 
-class _Cache:
-    """Answers by the hash of everything that went into the request; without a folder nothing is kept."""
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """Asks the endpoint. folder: where answers are kept, by the hash of everything that went into the request, or
+    None."""
 
-    def __init__(self, folder: str | None, usd_per_million: tuple[float, float]) -> None:
-        self._folder = Path(folder) if folder is not None else None
-        self._usd_per_million = usd_per_million
+    endpoint: _Endpoint
+    folder: str | None
+    usd_per_million: tuple[float, float]
+    counters: Counters
 
-    def ask(self, endpoint: _Endpoint, question: str) -> str:
+    def ask(self, question: str) -> str:
+        """The judge's text; JudgeFailure when there is none or no verdict in it."""
+        endpoint = self.endpoint
         body = {
             "model": endpoint.model,
             "messages": [{"role": "user", "content": question}],
@@ -251,15 +246,15 @@ class _Cache:
         }
         payload = json.dumps(body, sort_keys=True).encode()
         name = hashlib.sha256(endpoint.url.encode() + b"\n" + payload).hexdigest()
-        path = self._folder / name[:2] / f"{name}.json" if self._folder is not None else None
+        path = Path(self.folder) / name[:2] / f"{name}.json" if self.folder is not None else None
         kept = _read_kept(path)
         if kept is not None:
-            _count(cached=1)
+            self.counters.add(cached=1)
             return kept
-        answer, usage = _ask_with_retries(endpoint, payload)
+        answer, usage = _ask_with_retries(endpoint, payload, self.counters)
         tokens = [_whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens"))]
-        cost = sum(count * price for count, price in zip(tokens, self._usd_per_million, strict=True)) / 1e6
-        _count(calls=1, prompt_tokens=tokens[0], completion_tokens=tokens[1], cost_usd=cost)
+        cost = sum(count * price for count, price in zip(tokens, self.usd_per_million, strict=True)) / 1e6
+        self.counters.add(calls=1, prompt_tokens=tokens[0], completion_tokens=tokens[1], cost_usd=cost)
         _last_verdict(answer)  # an answer without a verdict is not worth keeping
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,13 +279,13 @@ def _read_kept(path: Path | None) -> str | None:
     return answer if isinstance(answer, str) else None
 
 
-def _ask_with_retries(endpoint: _Endpoint, payload: bytes) -> tuple[str, dict[str, Any]]:
+def _ask_with_retries(endpoint: _Endpoint, payload: bytes, counters: Counters) -> tuple[str, dict[str, Any]]:
     """The judge's text and its usage. Retries what may pass (busy, server errors, broken connections), waiting twice as
     long each time or as long as the server asks."""
     problem = ""
     for attempt in range(endpoint.retries + 1):
         if attempt:
-            _count(retries=1)
+            counters.add(retries=1)
         wait_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2**attempt) * (0.5 + random.random() / 2)
         try:
             return _ask(endpoint, payload)

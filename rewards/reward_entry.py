@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
-RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids")
+RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters")
 _OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
@@ -92,6 +92,10 @@ class RewardEntry:
     @property
     def wants_groups(self) -> bool:
         return "group_ids" in self.named_arguments
+
+    @property
+    def wants_counters(self) -> bool:
+        return "counters" in self.named_arguments
 
     @property
     def named_arguments(self) -> dict[str, inspect.Parameter]:
@@ -258,6 +262,8 @@ def _check_isolation(entry: RewardEntry, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{entry.name}: isolate is not possible for an async function")
     if entry.isolate and entry.wants_groups:
         raise ValueError(f"{entry.name}: isolate calls row by row, but this function needs whole groups (group_ids)")
+    if entry.isolate and entry.wants_counters:
+        raise ValueError(f"{entry.name}: isolate is not possible for a function that counts (counters)")
     if "timeout_score" in settings and not entry.isolate:
         raise ValueError(f"{entry.name}: timeout_score has no effect without `isolate: true`")
 

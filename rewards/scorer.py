@@ -4,7 +4,7 @@ In: prompts, completions, token ids, dataset columns, group ids (one entry per r
 has TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async, and is
 called with keyword arguments: the columns that it names (all of them if it takes `**columns`), only for the rows that
 it applies to, and the parameters of the recipe, which win over a column of the same name. A function that declares
-`group_ids` gets them and can so see whole groups.
+`group_ids` gets them and can so see whole groups; one that declares `counters` gets a `rewards.base.Counters`.
 
 A wrong number of values, a value that is no finite number, or an exception is a fault of the function, not of the
 policy. `on_error="stop"` raises `RewardError`; `"mask"` makes the reward of the row None and counts it. Nothing is
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rewards.base import Score
+from rewards.base import Counters, Score
 from rewards.column_check import column_problems, missing_column, named_functions
 from rewards.daemon_threads import DaemonThreads
 from rewards.in_process import InProcess
@@ -128,6 +128,7 @@ class RewardScorer:
         self.task_column = task_column
         self._pool = pool
         self._callers = {entry.name: InProcess(entry) for entry in self.entries if not entry.isolate}
+        self._counters = {entry.name: Counters() for entry in self.entries if entry.wants_counters}
         self._executor: DaemonThreads | None = None
         self._lock = threading.Lock()
 
@@ -150,13 +151,7 @@ class RewardScorer:
         batch = Batch(prompts, completions, completion_ids, columns, group_ids)
         rows_of = {entry.name: self._rows(entry, batch) for entry in self.entries}
         called = [entry for entry in self.entries if rows_of[entry.name]]
-        waiting = {
-            entry.name: self._callers[entry.name].start(
-                call_arguments(entry, batch, rows_of[entry.name]), len(rows_of[entry.name])
-            )
-            for entry in called
-            if entry.is_async
-        }
+        waiting = {entry.name: self._start(entry, batch, rows_of[entry.name]) for entry in called if entry.is_async}
         given: dict[str, list[Verdict]] = {entry.name: [] for entry in self.entries}
         for entry in sorted(called, key=lambda entry: entry.is_async):  # they wait for others while the rest computes
             rows = rows_of[entry.name]
@@ -234,8 +229,13 @@ class RewardScorer:
     def _call(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
         if entry.isolate:
             return call_isolated(entry, batch, rows, self._pool or shared_pool())
-        caller = self._callers[entry.name]
-        return caller.verdicts(caller.start(call_arguments(entry, batch, rows), len(rows)), len(rows))
+        return self._callers[entry.name].verdicts(self._start(entry, batch, rows), len(rows))
+
+    def _start(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> Future[list[Verdict]]:
+        arguments = call_arguments(entry, batch, rows)
+        if entry.wants_counters:
+            arguments["counters"] = self._counters[entry.name]
+        return self._callers[entry.name].start(arguments, len(rows))
 
     def _stop_at_error(self, entry: RewardEntry, rows: Sequence[int], given: list[Verdict], batch: Batch) -> None:
         if self.on_error == "mask":
@@ -268,18 +268,12 @@ class RewardScorer:
                 name: [verdict.seconds for verdict in column if verdict is not _DOES_NOT_APPLY]
                 for name, column in verdicts.items()
             },
-            counters=self._take_counters(),
+            counters={
+                f"rewards/{name}/{key}": float(amount)
+                for name, counters in self._counters.items()
+                for key, amount in counters.take().items()
+            },
         )
-
-    def _take_counters(self) -> dict[str, float]:
-        """What functions count by themselves (calls, cost): their attribute `take_counters` gives it and starts
-        anew."""
-        return {
-            f"rewards/{entry.name}/{key}": float(amount)
-            for entry in self.entries
-            if hasattr(entry.function, "take_counters")
-            for key, amount in entry.function.take_counters().items()
-        }
 
 
 def _sample_std(values: Sequence[float]) -> float:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rewards.base import Score
-from rewards.judge import judge_reward, take_counters
+from rewards.base import Counters, Score
+from rewards.judge import judge_reward
 from rewards.scorer import RewardError, RewardScorer
 
 Reply = tuple[int, dict[str, str], str]
@@ -24,6 +24,7 @@ class Judge:
     """A server whose `answer(question, number of this request)` gives (code, headers, body)."""
 
     def __init__(self) -> None:
+        self.counters = Counters()
         self.questions: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.answer: Callable[[str, int], Reply] = lambda question, number: says('{"score": 7}')
@@ -59,7 +60,6 @@ def says(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Re
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setattr("rewards.judge._BACKOFF_S", 0.01)
-    take_counters()
     judge = Judge()
     yield judge
     judge.server.shutdown()
@@ -67,8 +67,8 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
 
 
 def ask(judge: Judge, responses: list[str], **params: Any) -> list[Score]:
-    call = judge_reward(["question"] * len(responses), responses, base_url=judge.url, model="m", **params)
-    return asyncio.run(call)
+    settings = {"base_url": judge.url, "model": "m", "counters": judge.counters, **params}
+    return asyncio.run(judge_reward(["question"] * len(responses), responses, **settings))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_an_answer_without_a_verdict_is_a_failure_not_a_zero(judge: Judge, text:
     judge.answer = lambda question, number: says(text)
     (score,) = ask(judge, ["r"])
     assert score.value is None and score.rule == "error"
-    assert take_counters()["failures"] == 1
+    assert judge.counters.take()["failures"] == 1
 
 
 def test_pairwise_asks_in_both_orders(judge: Judge) -> None:
@@ -113,7 +113,7 @@ def test_pairwise_asks_in_both_orders(judge: Judge) -> None:
 def test_busy_servers_are_asked_again_and_refusals_are_not(judge: Judge) -> None:
     judge.answer = lambda question, number: (429, {"Retry-After": "0"}, "") if number < 3 else says('{"score": 10}')
     assert ask(judge, ["r"])[0].value == 1.0
-    assert take_counters() == {
+    assert judge.counters.take() == {
         "retries": 2, "calls": 1, "prompt_tokens": 100, "completion_tokens": 10, "cost_usd": 0.0,
     }  # fmt: skip
     judge.questions.clear()
@@ -148,10 +148,10 @@ def test_verdicts_are_kept_and_costs_are_counted(judge: Judge, tmp_path: Path) -
         "usd_per_million_completion_tokens": 10.0,
     }
     ask(judge, ["r", "s"], **params)
-    counted = take_counters()
+    counted = judge.counters.take()
     assert counted["calls"] == 2 and counted["cost_usd"] == pytest.approx(2 * (100 * 2 + 10 * 10) / 1e6)
     assert ask(judge, ["r", "s", "t"], **params)[0].value == 0.7
-    assert take_counters()["cached"] == 2 and len(judge.questions) == 3
+    assert judge.counters.take()["cached"] == 2 and len(judge.questions) == 3
     ask(judge, ["r"], rubric="Another rubric.", **params)
     assert len(judge.questions) == 4  # another question is another verdict
     for kept in tmp_path.rglob("*.json"):
@@ -166,22 +166,54 @@ def test_the_text_cannot_close_its_marks(judge: Judge) -> None:
     assert question.count(f"<<</RESPONSE {mark}>>>") == 1 and question.endswith(f"<<</RESPONSE {mark}>>>")
 
 
-def test_many_at_once_but_not_more_than_allowed(judge: Judge) -> None:
-    running, most, lock = 0, 0, threading.Lock()
+class Busy:
+    """Answers slowly, and remembers how many requests it had at once."""
 
-    def slow(question: str, number: int) -> Reply:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
+    def __init__(self) -> None:
+        self.running = self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, question: str, number: int) -> Reply:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
         threading.Event().wait(0.03)
-        with lock:
-            running -= 1
+        with self._lock:
+            self.running -= 1
         return says('{"score": 10}')
 
-    judge.answer = slow
+
+def test_many_at_once_but_not_more_than_allowed(judge: Judge) -> None:
+    judge.answer = busy = Busy()
     ask(judge, [f"r{n}" for n in range(12)], concurrency=4)
-    assert 2 <= most <= 4
+    assert 2 <= busy.most <= 4
+
+
+def test_the_limit_holds_for_all_calls_together(judge: Judge) -> None:
+    judge.answer = busy = Busy()
+    judge_entry = {"func": "judge", "params": {"base_url": judge.url, "model": "m", "concurrency": 3}}
+    scorer = RewardScorer([judge_entry, {**judge_entry, "name": "other"}])
+    groups = [scorer.submit(["p"] * 6, [f"r{n}" for n in range(6)], [[0]] * 6, {}, [0] * 6) for _ in range(4)]
+    assert [group.result().rewards for group in groups] == [[2.0] * 6] * 4
+    assert 2 <= busy.most <= 3
+    scorer.close()
+
+
+def test_each_entry_counts_its_own(judge: Judge) -> None:
+    judge.answer = lambda question, number: (401, {}, "") if "strict" in question else says('{"score": 7}')
+    params = {"base_url": judge.url, "model": "m", "usd_per_million_completion_tokens": 1e5}
+    entries = [
+        {"func": "judge", "name": "kind", "params": params},
+        {"func": "judge", "name": "strict", "params": {**params, "rubric": "strict"}},
+    ]
+    scorer = RewardScorer(entries, on_error="mask")
+    metrics = scorer.score(["p", "p"], ["r", "s"], [[0], [0]], {}, [0, 0]).metrics
+    assert metrics["rewards/kind/calls"] == 2.0 and metrics["rewards/kind/cost_usd"] == pytest.approx(2.0)
+    assert metrics["rewards/strict/failures"] == 2.0
+    assert "rewards/kind/failures" not in metrics and "rewards/strict/calls" not in metrics
+    again = RewardScorer(entries[:1]).score(["p"], ["r"], [[0]], {}, [0]).metrics
+    assert again["rewards/kind/calls"] == 1.0  # another scorer's counts start at 0, and what was taken is gone
+    scorer.close()
 
 
 def test_in_the_scorer_with_key_and_metrics(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

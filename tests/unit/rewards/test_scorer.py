@@ -51,6 +51,9 @@ class Tensor:
 def tensor(completions): return Tensor([0.25] * len(completions))
 def wants_column(completions, missing_column): return [1.0] * len(completions)
 def positional(completions, /): return []
+def counts(completions, counters):
+    counters.add(texts=len(completions))
+    return [1.0] * len(completions)
 """
 
 
@@ -191,6 +194,15 @@ def test_rows_are_chosen_by_condition_and_by_task_column(file: str) -> None:
 def test_groups_are_seen_whole(file: str) -> None:
     batch = score(RewardScorer([f"{file}:share"]), ["a", "b", "c"], groups=[7, 7, 8])
     assert batch.rewards == [2.0, 2.0, 1.0]
+
+
+def test_a_function_can_count(file: str) -> None:
+    scorer = RewardScorer([f"{file}:counts", {"func": f"{file}:counts", "name": "again"}])
+    batches = [score(scorer, ["a"]), score(scorer, ["a", "b"], counters=[1, 2])]
+    assert [batch.metrics["rewards/counts/texts"] for batch in batches] == [1.0, 2.0]
+    assert merge_batches(batches).metrics["rewards/again/texts"] == 3.0
+    with pytest.raises(ValueError, match="isolate is not possible for a function that counts"):
+        RewardScorer([{"func": f"{file}:counts", "isolate": True}])
 
 
 def test_isolated_functions_are_killed_row_by_row(file: str) -> None:
