@@ -22,7 +22,7 @@ from typing import Any
 
 from rewards.base import Score
 from rewards.daemon_threads import DaemonThreads, settle, start_daemon
-from rewards.reward_call import TIMEOUT_RULE, Verdict, failed, read_verdicts
+from rewards.reward_call import Verdict, failed, read_verdicts
 from rewards.reward_entry import RewardEntry
 
 _CANCEL_GRACE_S = 5.0  # for what an async function does on its way out
@@ -101,7 +101,7 @@ class InProcess:
         return read_verdicts(returned, count, time.monotonic() - started)
 
     def _late(self, how: str, seconds: float) -> Verdict:
-        return Verdict(Score(None, f"{how} (time_limit_s)", rule=TIMEOUT_RULE), "timeout", seconds)
+        return Verdict(Score(None, f"{how} (time_limit_s)", rule="timeout"), "timeout", seconds)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:

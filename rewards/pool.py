@@ -33,8 +33,9 @@ from typing import Any, Literal
 
 from rewards.worker import receive_frame, send_frame
 
-Status = Literal["ok", "timeout", "memory", "error"]
+Status = Literal["ok", "timeout", "memory", "error", "broken"]
 
+MEMORY_LIMIT_MB = 4096  # address space, of which a program reserves more than it uses
 _LOAD_LIMIT_S = 120.0
 # What damaged or forged pickles raise, by the documentation of the module and by trying.
 _UNREADABLE = (
@@ -46,7 +47,12 @@ _PLAIN_CLASSES = {("rewards.base", "Score")}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """value: what the function returned (None unless ok). seconds: wall time of the call. error: what went wrong."""
+    """value: what the function returned (None unless ok). seconds: wall time of the call. error: what went wrong.
+
+    status: timeout and memory are the limits of the job; error: the function raised or returned what no reply may hold;
+    broken: it was not called or did not come to its end, since it could not be loaded, or its worker died or could not
+    be started.
+    """
 
     value: Any
     status: Status
@@ -64,16 +70,20 @@ class VerifierPool:
     """A fixed number of slots, each a thread here and a worker process there, both started with the first job.
 
     workers: slots (default: `default_workers()`). time_limit_s: seconds of wall time one job may take, unless the call
-    says otherwise; importing the function's module does not count. memory_bytes: address space of a worker.
+    says otherwise; importing the function's module does not count, but may take 120 s at most. memory_limit_mb: address
+    space of a worker.
     Safe to share between threads. A pool does not survive a fork of its owner: use `shared_pool()` there.
     """
 
-    def __init__(self, workers: int | None = None, *, time_limit_s: float = 5.0, memory_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self, workers: int | None = None, *, time_limit_s: float = 5.0, memory_limit_mb: float = MEMORY_LIMIT_MB
+    ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers: {workers} is not allowed; at least 1")
         self.workers = workers or default_workers()
         self.time_limit_s = _checked_limit(time_limit_s)
-        self._template = _TemplateHandle(memory_bytes)
+        self._template = _TemplateHandle(int(memory_limit_mb * 2**20))
+        self._unloadable: dict[str, str] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -125,10 +135,10 @@ class VerifierPool:
 
     def _serve(self) -> None:
         """The loop of a slot's thread: one job at a time, on a worker that is replaced after it had to be killed."""
-        slot = _Slot(self._template)
+        slot = _Slot(self._template, self._unloadable)
         while (job := self._jobs.get()) is not None:
             if self._closed:
-                job.future.set_result(Outcome(None, "error", 0.0, "the pool was closed before this job ran"))
+                job.future.set_result(Outcome(None, "broken", 0.0, "the pool was closed before this job ran"))
             elif job.future.set_running_or_notify_cancel():
                 try:
                     outcome = slot.run(job)
@@ -147,42 +157,58 @@ class _Job:
 
 
 class _Slot:
-    """One worker process as its thread sees it."""
+    """One worker process as its thread sees it. unloadable: the functions of the pool whose module took too long to
+    import, and why they are not tried again."""
 
-    def __init__(self, template: _TemplateHandle) -> None:
+    def __init__(self, template: _TemplateHandle, unloadable: dict[str, str]) -> None:
         self._template = template
+        self._unloadable = unloadable
         self._sock: socket.socket | None = None
         self._pid = 0
         self._loaded: set[str] = set()
 
     def run(self, job: _Job) -> Outcome:
         started = time.monotonic()
+        if job.function in self._unloadable:
+            return Outcome(None, "broken", 0.0, self._unloadable[job.function])
         try:
             if self._sock is None:
                 self._sock, self._pid = self._template.spawn()
                 self._loaded = set()
-            return self._call(self._sock, job)
+            problem = self._begin(self._sock, job)
+            if problem:
+                return Outcome(None, "broken", time.monotonic() - started, problem)
+            started = time.monotonic()
+            status, value, error = _read_reply(self._sock)
         except TimeoutError:
             self._replace()
             return Outcome(None, "timeout", time.monotonic() - started, f"killed after {job.limit_s:g} s")
         except (EOFError, OSError) as error:
             return self._died(error, time.monotonic() - started)
-
-    def _call(self, sock: socket.socket, job: _Job) -> Outcome:
-        deadline = time.monotonic() + (job.limit_s if job.function in self._loaded else _LOAD_LIMIT_S)
-        sock.settimeout(deadline - time.monotonic())
-        send_frame(sock, job.message)
-        if job.function not in self._loaded:
-            status, _, error = _read_reply(sock)
-            if status != "ok":
-                return Outcome(None, "error", 0.0, f"cannot load {job.function}: {error}")
-            self._loaded.add(job.function)
-        started = time.monotonic()
-        sock.settimeout(job.limit_s)
-        status, value, error = _read_reply(sock)
         if status == "memory":  # what the failed job left allocated would starve the next one
             self._replace()
         return Outcome(value, status, time.monotonic() - started, error)
+
+    def _begin(self, sock: socket.socket, job: _Job) -> str:
+        """Hand the job over, its clock starting; why it was not begun, if its function could not be loaded."""
+        if job.function not in self._loaded:
+            sock.settimeout(_LOAD_LIMIT_S)
+            send_frame(sock, job.message)
+            try:
+                status, _, error = _read_reply(sock)
+            except TimeoutError:
+                self._replace()
+                problem = f"cannot load {job.function}: importing its module took more than {_LOAD_LIMIT_S:g} s"
+                self._unloadable[job.function] = problem
+                return problem
+            if status != "ok":
+                return f"cannot load {job.function} in {self._template.memory_bytes >> 20} MiB of memory: {error}"
+            self._loaded.add(job.function)
+            sock.settimeout(job.limit_s)
+        else:
+            sock.settimeout(job.limit_s)
+            send_frame(sock, job.message)
+        return ""
 
     def _died(self, error: Exception, seconds: float) -> Outcome:
         """The worker ended by itself, or could not be started."""
@@ -190,7 +216,7 @@ class _Slot:
         if number == signal.SIGXCPU:
             return Outcome(None, "timeout", seconds, "used up its processor time")
         how = f"the worker died of {signal.Signals(number).name}" if number else f"the worker died: {error}"
-        return Outcome(None, "error", seconds, how)
+        return Outcome(None, "broken", seconds, how)
 
     def _replace(self, *, died: bool = False) -> int | None:
         """Kill the worker; the next job gets a fresh one. Returns the signal that had ended it before, if one had."""
@@ -205,7 +231,7 @@ class _TemplateHandle:
     """Starts the template process when it is first needed, and again should it die; one request at a time."""
 
     def __init__(self, memory_bytes: int) -> None:
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -229,7 +255,7 @@ class _TemplateHandle:
                 self._preloaded.add(module)  # if that failed, the worker's own import will say why
             ours, theirs = socket.socketpair()
             with theirs:
-                order = {"op": "spawn", "memory_bytes": self._memory_bytes}
+                order = {"op": "spawn", "memory_bytes": self.memory_bytes}
                 pid = self._request(control, order, theirs.fileno())["pid"]
         return ours, pid
 
@@ -326,16 +352,18 @@ def _checked_limit(seconds: float) -> float:
     return float(seconds)
 
 
-_shared: dict[int, VerifierPool] = {}
+_shared: dict[tuple[int, float], VerifierPool] = {}
 _shared_lock = threading.Lock()
 
 
-def shared_pool() -> VerifierPool:
-    """The pool of this process, made at the first call and closed at exit. A forked child gets its own."""
+def shared_pool(memory_limit_mb: float = MEMORY_LIMIT_MB) -> VerifierPool:
+    """The pool of this process for this limit of memory, made at the first call and closed at exit. A forked child gets
+    its own."""
+    key = (os.getpid(), memory_limit_mb)
     with _shared_lock:
-        pool = _shared.get(os.getpid())
-        if pool is None:
-            _shared.clear()  # a pool copied by fork is the parent's to close
-            pool = _shared[os.getpid()] = VerifierPool()
-            atexit.register(pool.close)
-        return pool
+        if key not in _shared:
+            for other in [other for other in _shared if other[0] != os.getpid()]:
+                del _shared[other]  # a pool copied by fork is the parent's to close
+            _shared[key] = VerifierPool(memory_limit_mb=memory_limit_mb)
+            atexit.register(_shared[key].close)
+        return _shared[key]

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from rewards.base import Score
 from rewards.column_check import missing_columns
-from rewards.pool import Outcome, VerifierPool
+from rewards.pool import Outcome, shared_pool
 from rewards.registry import load_function
 from rewards.reward_entry import RewardEntry
 
 RowStatus = Literal["ok", "none", "timeout", "error"]
-# A built-in function marks single scores with these rules: the text made its verifier run out of time; the function
-# itself failed on this row (value None), which stops or masks as an exception would.
-TIMEOUT_RULE, ERROR_RULE = "timeout", "error"
+# A built-in function marks single scores with rules that end in these: the text made its verifier run out of time or
+# memory; the function itself failed on this row (value None), which stops or masks as an exception would.
+LIMIT_RULES, ERROR_RULE = ("timeout", "memory"), "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,11 @@ def _to_messages(arguments: dict[str, Any]) -> None:
             arguments[key] = [[{"role": role, "content": text}] for text in arguments[key]]
 
 
-def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int], pool: VerifierPool) -> list[Verdict]:
+def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
     """Call the function row by row in worker processes."""
     jobs = [(entry.path, call_arguments(entry, batch, [row])) for row in rows]
     assert entry.time_limit_s is not None, entry.name
-    outcomes = pool.map("rewards.reward_call:call_by_name", jobs, entry.time_limit_s)
+    outcomes = shared_pool(entry.memory_limit_mb).map("rewards.reward_call:call_by_name", jobs, entry.time_limit_s)
     return [_isolated_verdict(outcome, entry.timeout_score) for outcome in outcomes]
 
 
@@ -114,7 +114,7 @@ def call_by_name(path: str, arguments: dict[str, Any]) -> Any:
 def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
     if outcome.status == "ok":
         return read_verdicts(outcome.value, 1, outcome.seconds)[0]
-    if outcome.status == "error":
+    if outcome.status in ("error", "broken"):
         return failed(outcome.error, outcome.seconds)
     if timeout_score is None:
         return Verdict(Score(None, outcome.error, rule=outcome.status), "timeout", outcome.seconds)
@@ -151,7 +151,7 @@ def _read_value(value: Any, seconds: float) -> Verdict:
         return failed(f"returned {_shown(number)}, which is not finite", seconds)
     if score is None:
         return Verdict(Score(plain), "ok", seconds)
-    return Verdict(score, "timeout" if score.rule.endswith(TIMEOUT_RULE) else "ok", seconds)
+    return Verdict(score, "timeout" if score.rule.endswith(LIMIT_RULES) else "ok", seconds)
 
 
 def failed(problem: str, seconds: float) -> Verdict:

@@ -25,18 +25,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rewards.pool import MEMORY_LIMIT_MB
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
 RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters")
 _OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
-    "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
+    "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "memory_limit_mb",
+    "timeout_score", "conversational",
 )  # fmt: skip
 
 
 # Seconds: one row in a worker process; a whole call in this process, where only a function that hangs needs so long.
 ISOLATED_LIMIT_S, CALL_LIMIT_S = 5.0, 600.0
+SMALLEST_MEMORY_MB = 256
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -69,6 +72,7 @@ class RewardEntry:
     weight: factor in the sum. params: keyword arguments from the recipe. columns: argument name -> dataset column.
     when: None means every row. isolate: call row by row in a worker process. time_limit_s: seconds of a row there
     (default 5), else of a call with all rows in this process (default 600; None: the function bounds itself).
+    memory_limit_mb: address space of a worker there.
     timeout_score: what a row is worth that ran out of time or memory there; None means that this is an error.
     conversational: pass prompts and completions as TRL's lists of messages instead of text.
     """
@@ -82,6 +86,7 @@ class RewardEntry:
     when: Condition | None = None
     isolate: bool = False
     time_limit_s: float | None = None
+    memory_limit_mb: float = MEMORY_LIMIT_MB
     timeout_score: float | None = None
     conversational: bool = False
 
@@ -202,6 +207,7 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
         columns=_mapping(settings, "columns", name),
         when=_condition(settings.get("when"), name),
         isolate=_truth(settings.get("isolate", False), f"{name}: isolate"),
+        memory_limit_mb=_number(settings.get("memory_limit_mb", MEMORY_LIMIT_MB), f"{name}: memory_limit_mb"),
         timeout_score=_number_or_none(settings.get("timeout_score"), f"{name}: timeout_score"),
         conversational=_truth(settings.get("conversational", False), f"{name}: conversational"),
     )
@@ -264,8 +270,13 @@ def _check_isolation(entry: RewardEntry, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{entry.name}: isolate calls row by row, but this function needs whole groups (group_ids)")
     if entry.isolate and entry.wants_counters:
         raise ValueError(f"{entry.name}: isolate is not possible for a function that counts (counters)")
-    if "timeout_score" in settings and not entry.isolate:
-        raise ValueError(f"{entry.name}: timeout_score has no effect without `isolate: true`")
+    for key in ("timeout_score", "memory_limit_mb"):
+        if key in settings and not entry.isolate:
+            raise ValueError(f"{entry.name}: {key} has no effect without `isolate: true`")
+    if entry.memory_limit_mb < SMALLEST_MEMORY_MB:  # Python and the verifiers' modules themselves need some
+        raise ValueError(
+            f"{entry.name}: memory_limit_mb: {entry.memory_limit_mb:g} is not allowed; at least {SMALLEST_MEMORY_MB}"
+        )
 
 
 def _condition(raw: Any, name: str) -> Condition | None:

@@ -30,7 +30,6 @@ from rewards.base import Counters, Score
 from rewards.column_check import column_problems, missing_column, named_functions
 from rewards.daemon_threads import DaemonThreads
 from rewards.in_process import InProcess
-from rewards.pool import VerifierPool, shared_pool
 from rewards.reward_call import Batch, RowStatus, Verdict, call_arguments, call_isolated
 from rewards.reward_entry import RewardEntry, parse_entries
 
@@ -105,7 +104,7 @@ class RewardScorer:
     reward_funcs: names, or mappings with the keys of `rewards.reward_entry.RewardEntry`. reward_weights: one per
     function (default 1). on_error: "stop" or "mask", see the module's text. task_column: a dataset column whose value
     in a row, a name or a list of names, says which functions apply to that row. base_folder: where relative paths of
-    the recipe start. pool: for functions with `isolate: true` (default: the shared one).
+    the recipe start.
 
     Construction imports the functions and checks names, parameters and weights; ValueError lists everything wrong.
     """
@@ -118,7 +117,6 @@ class RewardScorer:
         on_error: Literal["stop", "mask"] = "stop",
         task_column: str | None = None,
         base_folder: str | os.PathLike[str] | None = None,
-        pool: VerifierPool | None = None,
     ) -> None:
         if on_error not in ("stop", "mask"):
             raise ValueError(f"on_error: {on_error!r} is not allowed; stop or mask")
@@ -126,7 +124,6 @@ class RewardScorer:
         self.entries: tuple[RewardEntry, ...] = parse_entries(reward_funcs, reward_weights, base_folder=folder)
         self.on_error = on_error
         self.task_column = task_column
-        self._pool = pool
         self._callers = {entry.name: InProcess(entry) for entry in self.entries if not entry.isolate}
         self._counters = {entry.name: Counters() for entry in self.entries if entry.wants_counters}
         self._executor: DaemonThreads | None = None
@@ -183,7 +180,7 @@ class RewardScorer:
             return self._executor.submit(self.score, prompts, completions, completion_ids, columns, group_ids)
 
     def close(self) -> None:
-        """Let the threads that this scorer started end; a call that hangs is not waited for. The shared pool stays."""
+        """Let the threads that this scorer started end; a call that hangs is not waited for. The shared pools stay."""
         with self._lock:
             if self._executor is not None:
                 self._executor.shutdown(wait=False, cancel_futures=True)
@@ -228,7 +225,7 @@ class RewardScorer:
 
     def _call(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
         if entry.isolate:
-            return call_isolated(entry, batch, rows, self._pool or shared_pool())
+            return call_isolated(entry, batch, rows)
         return self._callers[entry.name].verdicts(self._start(entry, batch, rows), len(rows))
 
     def _start(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> Future[list[Verdict]]:

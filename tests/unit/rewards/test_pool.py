@@ -23,7 +23,7 @@ POWER_TOWER = (9, 9**9)  # pow holds the interpreter's lock for hours; no signal
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(workers=2, time_limit_s=1.0, memory_bytes=1 << 30) as pool:
+    with VerifierPool(workers=2, time_limit_s=1.0, memory_limit_mb=1024) as pool:
         yield pool
 
 
@@ -74,7 +74,7 @@ def test_memory_errors_and_deaths_are_told_apart(pool: VerifierPool, functions: 
     assert pool.map(f"{functions}:leave", [(0,)])[0].error == "SystemExit: 0"
     assert pool.map(f"{functions}:recurse", [()])[0].error.startswith("RecursionError")
     assert "SIGABRT" in pool.map("os:abort", [()])[0].error
-    assert pool.map("os:_exit", [(0,)])[0].status == "error"
+    assert pool.map("os:_exit", [(0,)])[0].status == pool.map("os:abort", [()])[0].status == "broken"
     assert pool.map(f"{functions}:deaf", [()], time_limit_s=0.3)[0].status == "timeout"
 
 
@@ -111,6 +111,30 @@ def test_forged_replies_are_errors_of_the_job(frame: bytes) -> None:
 def test_names_that_do_not_exist_are_errors_of_the_job(pool: VerifierPool) -> None:
     assert "did you mean 'add'" in pool.map("operator:addd", [(1, 2)])[0].error
     assert "no module 'no_such_module'" in pool.map("no_such_module:f", [()])[0].error
+
+
+def test_a_module_that_hangs_while_it_is_imported_costs_its_limit_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewards.pool._LOAD_LIMIT_S", 1.0)
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(60)\ndef f(): return 1\n")
+    with VerifierPool(workers=1) as fresh:
+        started = time.monotonic()
+        outcomes = fresh.map(f"{path}:f", [()] * 20, time_limit_s=0.1)
+        assert time.monotonic() - started < 4
+        assert {outcome.status for outcome in outcomes} == {"broken"}
+        assert all("importing its module took more than 1 s" in outcome.error for outcome in outcomes)
+        assert fresh.map("operator:add", [(1, 2)])[0].value == 3
+
+
+def test_loading_has_the_memory_of_the_pool(tmp_path: Path) -> None:
+    path = tmp_path / "large.py"
+    path.write_text("table = bytearray(600 << 20)\ndef size(): return len(table)\n")
+    with VerifierPool(workers=1, memory_limit_mb=512) as small, VerifierPool(workers=1, memory_limit_mb=2048) as large:
+        (outcome,) = small.map(f"{path}:size", [()])
+        assert outcome.status == "broken" and "in 512 MiB of memory: MemoryError" in outcome.error
+        assert large.map(f"{path}:size", [()])[0].value == 600 << 20
 
 
 def test_children_of_a_killed_job_die_with_it(pool: VerifierPool, functions: str) -> None:
@@ -164,7 +188,7 @@ def test_close_ends_jobs_that_run_or_wait() -> None:
     time.sleep(0.3)
     started = time.monotonic()
     pool.close()
-    assert [future.result(timeout=5).status for future in futures] == ["error"] * 3
+    assert [future.result(timeout=5).status for future in futures] == ["broken"] * 3
     assert time.monotonic() - started < 5
 
 
@@ -180,7 +204,8 @@ def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.Monkey
 
 def test_a_forked_child_gets_a_pool_of_its_own() -> None:
     pool = shared_pool()
-    assert pool is shared_pool() and pool.map("operator:add", [(1, 1)])[0].value == 2
+    assert pool is shared_pool() is not shared_pool(8192) is shared_pool(8192)
+    assert pool.map("operator:add", [(1, 1)])[0].value == 2
     script = (
         "import os, sys; from rewards.pool import shared_pool\n"
         "shared_pool().map('operator:add', [(1, 2)])\n"

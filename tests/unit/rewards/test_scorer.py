@@ -41,6 +41,7 @@ def row_error(completions):
 def hangs(completions):
     while completions[0] == "hang": pass
     return [2]
+def allocates(completions): return [float(len(bytearray(600 << 20)) > 0) for _ in completions]
 def messages(prompts, completions):
     whole = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
     return [float(pair == whole) for pair in zip(prompts, completions)]
@@ -217,6 +218,15 @@ def test_isolated_functions_are_killed_row_by_row(file: str) -> None:
     assert paid.rewards == [2.0, -1.0, 2.0]
 
 
+def test_the_memory_of_an_isolated_function_is_a_setting(file: str) -> None:
+    settings = {"func": f"{file}:allocates", "isolate": True}
+    assert score(RewardScorer([settings]), ["a"]).rewards == [1.0]
+    with pytest.raises(RewardError, match="more memory than its limit"):
+        score(RewardScorer([{**settings, "memory_limit_mb": 512}]), ["a"])
+    paid = score(RewardScorer([{**settings, "memory_limit_mb": 512, "timeout_score": 0.0}]), ["a"])
+    assert paid.rewards == [0.0] and paid.statuses == {"allocates": ["timeout"]}
+
+
 def _main_thread(call: Callable[[], ScoredBatch]) -> ScoredBatch:
     return call()
 
@@ -282,6 +292,8 @@ def test_groups_scored_one_by_one_merge_to_the_same(file: str) -> None:
         ([{"func": "regex", "params": {"pattern": "("}}], None, "no regular expression"),
         ([{"func": "format", "when": {"column": "task"}}], None, "when: .* is not allowed"),
         ([{"func": "format", "timeout_score": 1.0}], None, "no effect without `isolate"),
+        ([{"func": "format", "memory_limit_mb": 9e3}], None, "memory_limit_mb has no effect without `isolate"),
+        ([{"func": "format", "isolate": True, "memory_limit_mb": 9}], None, "memory_limit_mb: 9 is not .* least 256"),
         ([{"func": "format", "time_limit_s": 0}], None, "time_limit_s: 0 is not allowed; more than 0"),
         ([{"func": "format", "time_limit_s": None}], None, "time_limit_s: None is not allowed"),
         ([{"func": "majority", "isolate": True}], None, "needs whole groups"),
