@@ -21,9 +21,9 @@ from rewards.base import Completion, Score, completion_text
 from rewards.extract import Extraction, free_answer
 from rewards.latex_text import HostileText, plain_words
 from rewards.math_compare import compare_texts
-from rewards.pool import shared_pool
+from rewards.pool import Outcome
 from rewards.strict_answer import block_answer
-from rewards.symbolic import FUNCTION, TIME_LIMIT_S, worth_trying
+from rewards.symbolic import verify_pairs, worth_trying
 from rewards.tag_format import answer_block
 
 MAX_ANSWER_CHARS = 3000
@@ -69,18 +69,20 @@ def judge_cases(cases: Sequence[Case]) -> list[Score]:
             open_cases.append((len(scores), case.gold, case.found.answer))
         scores.append(score)
     if open_cases:
-        outcomes = shared_pool().map(
-            FUNCTION, [(gold, answer) for _, gold, answer in open_cases], time_limit_s=TIME_LIMIT_S
-        )
+        outcomes = verify_pairs([(gold, answer) for _, gold, answer in open_cases])
         for (index, gold, answer), outcome in zip(open_cases, outcomes, strict=True):
-            if outcome.status == "ok":
-                equal = outcome.value is True
-                scores[index] = Score(float(equal), "equal" if equal else "different", answer, gold, "math-verify")
-            else:
-                scores[index] = Score(
-                    0.0, f"math-verify: {outcome.status}", answer, gold, f"math-verify {outcome.status}"
-                )
+            scores[index] = _verified(outcome, gold, answer)
     return scores
+
+
+def _verified(outcome: Outcome, gold: str, answer: str) -> Score:
+    if outcome.status == "ok":
+        equal = outcome.value is True
+        return Score(float(equal), "equal" if equal else "different", answer, gold, "math-verify")
+    reason = f"math-verify: {outcome.error}"
+    if outcome.status == "broken":  # the verifier does not work, which says nothing about the answer
+        return Score(None, reason, answer, gold, "error")
+    return Score(0.0, reason, answer, gold, f"math-verify {outcome.status}")
 
 
 def _judge(case: Case) -> tuple[Score, bool]:
@@ -127,7 +129,8 @@ def accuracy_reward(
     tagged: bool = True,
     **columns: Sequence[object],
 ) -> list[Score]:
-    """1.0 when the stated answer equals the reference in column `gold_column`, else 0.0; None when the row has none.
+    """1.0 when the stated answer equals the reference in column `gold_column`, else 0.0; None when the row has none,
+    or when math-verify was needed and does not work (rule "error").
 
     Range: {0, 1}. `tagged`: the answer must stand in exactly one well-formed <answer> block outside of thinking; else
     the last answer stated after thinking counts. GSM8K solutions (`... #### 42`) are understood as references.

@@ -159,10 +159,10 @@ def _score_in_pool(function: str, jobs: Sequence[tuple[str | None, Any]], pool: 
 
 def _told(outcome: Outcome, text: str) -> Score:
     extracted = text[:200]
-    if outcome.status == "error":
+    if outcome.status in ("error", "broken"):
         return Score(None, outcome.error, extracted, rule="error")
-    if outcome.status != "ok":
-        return Score(0.0, outcome.error, extracted, rule="timeout")
+    if outcome.status != "ok":  # timeout or memory
+        return Score(0.0, outcome.error, extracted, rule=outcome.status)
     return Score(0.0 if outcome.value else 1.0, outcome.value or "matches", extracted, rule="match")
 
 

@@ -1,17 +1,22 @@
-"""The guard in front of the last resort of `accuracy`, math-verify (sympy), which runs only in
-`rewards.symbolic_worker`.
+"""The last resort of `accuracy`, math-verify (sympy), as seen from this process: the guard in front of it, and the call
+of `rewards.symbolic_worker` in the pool.
 
-In: a text. Out: whether it may be given to sympy at all. Text that is long, deeply nested or holds large powers or
-factorials never reaches it; what passes still runs under the hard limits of the pool.
+In: a text; pairs of texts. Out: whether it may be given to sympy at all; the outcomes. Text that is long, deeply nested
+or holds large powers or factorials never reaches sympy; what passes still runs under the hard limits of the pool.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rewards.pool import Outcome, shared_pool
 
 FUNCTION = "rewards.symbolic_worker:verify_answer"
 TIME_LIMIT_S = 1.0
 MAX_CHARS = 300
+_PLAIN_PAIR = ("1", "1")
 _MAX_DEPTH = 12
 _MAX_DIGITS_IN_POWER = 3
 _HEAVY = re.compile(
@@ -39,3 +44,20 @@ def worth_trying(text: str) -> bool:
         len(re.sub(r"\D", "", match.group(1) or match.group(2) or "")) <= _MAX_DIGITS_IN_POWER
         for match in _POWER.finditer(text)
     )
+
+
+def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+    """math-verify's verdicts on (reference, answer).
+
+    A pair that loses its worker is tried once more, since the machine may have killed it. One that loses the second
+    worker, too, while a plain pair is settled as ever, has killed it by itself: its status is "error". So "broken"
+    means that the verifier does not work, whatever the text.
+    """
+    outcomes = shared_pool().map(FUNCTION, pairs, TIME_LIMIT_S)
+    broken = [index for index, outcome in enumerate(outcomes) if outcome.status == "broken"]
+    if broken:
+        *again, plain = shared_pool().map(FUNCTION, [*(pairs[index] for index in broken), _PLAIN_PAIR], TIME_LIMIT_S)
+        works = plain.status == "ok" and plain.value is True
+        for index, outcome in zip(broken, again, strict=True):
+            outcomes[index] = replace(outcome, status="error") if works and outcome.status == "broken" else outcome
+    return outcomes

@@ -28,3 +28,7 @@ def verify_answer(gold: str, answer: str) -> bool:
     golds = list(_parsed_gold(gold))
     answers = parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
     return bool(golds and answers and verify(golds, answers, timeout_seconds=None))
+
+
+if not verify_answer("\\frac{1}{2}", "0.5"):  # math-verify swallows what its parser raises: all answers would be wrong
+    raise ImportError("math-verify does not find that \\frac{1}{2} equals 0.5; is a package that it needs missing?")

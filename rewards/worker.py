@@ -96,7 +96,7 @@ class Template:
         """Import `module` here, so that every worker forked from now on has it."""
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # a worker that needs the module meets the same, and says so
             return {"error": f"{type(error).__name__}: {error}"}
         return {}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from rewards import math_answer
 from rewards.base import Score
 from rewards.extract import Extraction
 from rewards.grading import agreement, grade_rows
@@ -86,7 +85,7 @@ def test_what_the_rules_cannot_settle_goes_to_the_pool_in_one_batch(monkeypatch:
             calls.append(list(jobs))
             return [Outcome(True, "ok", 0.1), Outcome(None, "timeout", 1.0)]
 
-    monkeypatch.setattr(math_answer, "shared_pool", Pool)
+    monkeypatch.setattr("rewards.symbolic.shared_pool", Pool)
     integral = "\\int_0^x t dt"
     cases = [Case("x^2/2", Extraction(text, "test")) for text in (integral, "x^2/2", integral + " + 0", "x^3")]
     scores = judge_cases(cases)
