@@ -13,13 +13,15 @@ from typing import Any, Literal
 from rewards.base import Completion, Score, completion_text
 from rewards.code_runner import Limits
 from rewards.code_tests import Case, parse_tests
-from rewards.pool import VerifierPool, shared_pool
+from rewards.pool import Outcome, VerifierPool, shared_pool
 from rewards.reward_entry import checked_by
+from rewards.sandbox import SandboxUnavailable
 from rewards.tag_format import answer_block, format_fault
 
 _FENCE = "```"
 _PYTHON = ("", "python", "py", "python3")
 _START_ALLOWANCE_S = 30.0
+_RUN = "rewards.code_runner:run_program"
 
 
 def _check(**params: Any) -> None:
@@ -51,7 +53,8 @@ def code_reward(
     program. Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's
     code_reward.
 
-    Tests that cannot be read are an error of that row. Raises RuntimeError where nothing isolates.
+    Tests that cannot be read are an error of that row, and so is a run that the machine killed twice. Raises
+    RuntimeError where nothing isolates.
 
         completion "<think>t</think><answer>print(input())</answer>"
         tests      [{"input": "a", "output": "a"}, {"input": "b", "output": "c"}]     ->  0.5
@@ -72,19 +75,21 @@ def code_reward(
             scores[row] = Score(0.0, reason, rule="no program")
         else:
             jobs[row] = (program, cases, limits, scoring == "all")
-    outcomes = (pool or shared_pool()).map(
-        "rewards.code_runner:run_program", list(jobs.values()), time_limit_s=program_limit_s + _START_ALLOWANCE_S
-    )
+    limit_s = program_limit_s + _START_ALLOWANCE_S
+    outcomes = (pool or shared_pool()).map(_RUN, list(jobs.values()), time_limit_s=limit_s, tries=2)
     for (row, job), outcome in zip(jobs.items(), outcomes, strict=True):
-        if outcome.status == "error":  # no isolation here, or a fault of ours: never the program's
+        if outcome.error.startswith(f"{SandboxUnavailable.__name__}: "):
             raise RuntimeError(outcome.error)
-        scores[row] = _score(job[0], outcome.value, scoring)
+        scores[row] = _score(job[0], outcome, scoring)
     return scores
 
 
-def _score(program: str, result: dict[str, Any] | None, scoring: str) -> Score:
-    if result is None:  # the pool's own limit, which is there for the case that ours fails
-        return Score(0.0, "the run was killed", extracted=program, rule="timeout")
+def _score(program: str, outcome: Outcome, scoring: str) -> Score:
+    if outcome.status in ("error", "broken"):  # a fault of ours or of the machine, never of the program, which is below
+        return Score(None, outcome.error, extracted=program, rule="error")
+    if outcome.status != "ok":  # the pool's own limits, which are there for the case that ours fail
+        return Score(0.0, f"the run was killed: {outcome.error}", extracted=program, rule=outcome.status)
+    result: dict[str, Any] = outcome.value
     passed, total = result["passed"], result["total"]
     value = passed / total if scoring == "fraction" else float(passed == total)
     reason = f"{passed} of {total} tests passed" + (f"; {result['failure']}" if result["failure"] else "")

@@ -111,9 +111,19 @@ class VerifierPool:
                 thread.start()
         return job.future
 
-    def map(self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None) -> list[Outcome]:
-        """Call `function` with every job; the outcomes are in the order of the jobs."""
-        return [future.result() for future in [self.submit(function, job, time_limit_s=time_limit_s) for job in jobs]]
+    def map(
+        self, function: str, jobs: Sequence[tuple[Any, ...]], time_limit_s: float | None = None, *, tries: int = 1
+    ) -> list[Outcome]:
+        """Call `function` with every job; the outcomes are in the order of the jobs. tries: how often a job that comes
+        back broken is run at most, for workers that the machine kills (out of memory)."""
+        futures = [self.submit(function, job, time_limit_s=time_limit_s) for job in jobs]
+        outcomes = [future.result() for future in futures]
+        broken = [index for index, outcome in enumerate(outcomes) if outcome.status == "broken"]
+        if broken and tries > 1:
+            again = self.map(function, [jobs[index] for index in broken], time_limit_s, tries=tries - 1)
+            for index, outcome in zip(broken, again, strict=True):
+                outcomes[index] = outcome
+        return outcomes
 
     def close(self) -> None:
         """End the workers. Jobs still queued give an error outcome; calling this twice is harmless."""

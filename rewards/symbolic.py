@@ -53,11 +53,9 @@ def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
     worker, too, while a plain pair is settled as ever, has killed it by itself: its status is "error". So "broken"
     means that the verifier does not work, whatever the text.
     """
-    outcomes = shared_pool().map(FUNCTION, pairs, TIME_LIMIT_S)
-    broken = [index for index, outcome in enumerate(outcomes) if outcome.status == "broken"]
-    if broken:
-        *again, plain = shared_pool().map(FUNCTION, [*(pairs[index] for index in broken), _PLAIN_PAIR], TIME_LIMIT_S)
-        works = plain.status == "ok" and plain.value is True
-        for index, outcome in zip(broken, again, strict=True):
-            outcomes[index] = replace(outcome, status="error") if works and outcome.status == "broken" else outcome
+    outcomes = shared_pool().map(FUNCTION, pairs, TIME_LIMIT_S, tries=2)
+    if any(outcome.status == "broken" for outcome in outcomes):
+        (plain,) = shared_pool().map(FUNCTION, [_PLAIN_PAIR], TIME_LIMIT_S, tries=2)
+        if plain.value is True:
+            return [replace(one, status="error") if one.status == "broken" else one for one in outcomes]
     return outcomes

@@ -207,6 +207,40 @@ def test_refuses_loudly_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) 
         code_runner.run_program("print(1)", [StdinCase("", "1")], code_runner.Limits())
 
 
+def test_a_worker_that_dies_costs_its_own_row(
+    pool: VerifierPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the kernel is out of memory: once is mended by another try, a second time is an error of the row."""
+    path = tmp_path / "runner.py"
+    path.write_text(
+        "import os\n"
+        "def run(program, cases, limits, stop):\n"
+        f"    flag = {str(tmp_path / 'killed')!r} + str(len(program))\n"
+        "    once = 'once' in program and not os.path.exists(flag)\n"
+        "    open(flag, 'w').close()\n"
+        "    if once or 'always' in program: os.kill(os.getpid(), 9)\n"
+        "    if 'raise' in program: raise OSError('disk full')\n"
+        "    return {'passed': 1, 'total': 1, 'failure': '', 'timed_out': False}\n"
+    )
+    monkeypatch.setattr("rewards.code._RUN", f"{path}:run")
+    programs = [tagged(text) for text in ("fine", "once killed", "always killed", "raise")]
+    scores = code_reward([""] * 4, programs, tests=[SQUARES] * 4, pool=pool)
+    assert [score.value for score in scores] == [1.0, 1.0, None, None]
+    assert [score.rule for score in scores] == ["tests", "tests", "error", "error"]
+    assert "SIGKILL" in scores[2].reason and "disk full" in scores[3].reason
+
+
+def test_no_isolation_stops_all(pool: VerifierPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "refuses.py"
+    path.write_text(
+        "from rewards.sandbox import SandboxUnavailable\n"
+        "def run(program, cases, limits, stop): raise SandboxUnavailable('install bubblewrap')\n"
+    )
+    monkeypatch.setattr("rewards.code._RUN", f"{path}:run")
+    with pytest.raises(RuntimeError, match="install bubblewrap"):
+        code_reward([""], [tagged("x")], tests=[SQUARES], pool=pool)
+
+
 class _Refuses:
     def __init__(self, limits: object) -> None:
         raise SandboxUnavailable("none works on this machine")

@@ -79,7 +79,7 @@ def test_what_the_rules_cannot_settle_goes_to_the_pool_in_one_batch(monkeypatch:
     calls: list[list[tuple[str, str]]] = []
 
     class Pool:
-        def map(self, function: str, jobs: list[tuple[str, str]], time_limit_s: float) -> list[Outcome]:
+        def map(self, function: str, jobs: list[tuple[str, str]], time_limit_s: float, *, tries: int) -> list[Outcome]:
             assert function == "rewards.symbolic_worker:verify_answer"
             assert time_limit_s <= 1.0
             calls.append(list(jobs))
