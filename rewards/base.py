@@ -31,6 +31,11 @@ class Score:
     gold: str | None = None
     rule: str = ""
 
+    @property
+    def explanation(self) -> dict[str, str | None]:
+        """What is logged beside the value: the fields `extracted`, `gold`, `rule` and `reason`."""
+        return {"extracted": self.extracted, "gold": self.gold, "rule": self.rule, "reason": self.reason}
+
 
 class Counters:
     """What a function counts by itself (calls, cost). One that has an argument `counters` gets the one of its entry,

@@ -74,12 +74,15 @@ def named_functions(task: Any, names: Collection[str]) -> list[str]:
 
 
 def _never(entry: RewardEntry, task_column: str | None, rows: Sequence[Mapping[str, Any]]) -> str:
-    asked: list[str] = []
+    asked = condition_text(entry, task_column)
     if entry.when is not None:
         values = list(dict.fromkeys(repr(row.get(entry.when.column)) for row in rows))
         more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-        wanted = " or ".join(map(repr, entry.when.values))
-        asked.append(f"when: column {entry.when.column!r} must be {wanted}; it is {', '.join(values[:_SHOWN])}{more}")
-    if task_column is not None:
-        asked.append(f"task_column: {task_column!r} must name it")
-    return f"reward function {entry.name!r} applies to none of the {len(rows)} rows ({'; '.join(asked)})"
+        asked += f"; {entry.when.column!r} is {', '.join(values[:_SHOWN])}{more}"
+    return f"reward function {entry.name!r} applies to none of the {len(rows)} rows ({asked})"
+
+
+def condition_text(entry: RewardEntry, task_column: str | None) -> str:
+    """When the function applies to a row, in words."""
+    parts = [] if entry.when is None else [f"when {entry.when}"]
+    return " and ".join(parts + ([] if task_column is None else [f"task_column {task_column!r} names it"]))

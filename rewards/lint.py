@@ -13,12 +13,14 @@ from __future__ import annotations
 import difflib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.column_check import missing_columns
+from rewards.base import Score
+from rewards.column_check import condition_text, missing_columns
 from rewards.math_answer import reference_answer
 from rewards.reward_entry import RewardEntry
 from rewards.scorer import RewardScorer, ScoredBatch
@@ -63,7 +65,8 @@ class KindLine:
 
 @dataclass(slots=True)
 class Report:
-    """What was found out about one function. problems: what should be mended before training; notes: good to know."""
+    """What was found out about one function. problems: what should be mended before training; notes: good to know.
+    rules: which of its rules decided about the dataset's own answers."""
 
     name: str
     lines: list[KindLine] = field(default_factory=list)
@@ -71,6 +74,7 @@ class Report:
     low: float | None = None
     high: float | None = None
     gold_checked: int = 0
+    rules: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -94,23 +98,33 @@ def default_sample(function_name: str) -> Sample:
     return Sample(chosen["columns"], chosen["gold"], chosen["wrong"])
 
 
-def lint_function(setting: str | Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> Report:
+def lint_function(
+    setting: str | Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = (), *, task_column: str | None = None
+) -> Report:
     """Try one function of a recipe out. rows: sample rows of the dataset, with the columns as the function will get
-    them.
+    them; those that `when` or the recipe's task column keep from it are left out.
 
     Raises ValueError when the setting itself is wrong.
     """
     scorer = RewardScorer([setting], on_error="mask")
     (entry,) = scorer.entries
     report = Report(entry.name)
-    sample = _sample(entry, rows)
-    if not _check_columns(entry, sample.columns, report, from_data=bool(rows)):
-        return report
-    _try_tricks(scorer, sample, report)
-    if rows:
-        _check_golds(scorer, entry, rows, report)
+    numbered = [(number, row) for number, row in enumerate(rows, start=1) if _applies(entry, row, task_column)]
+    if rows and len(numbered) < len(rows):
+        told = report.notes if numbered else report.problems
+        told.append(f"applies to {len(numbered)} of {len(rows)} rows ({condition_text(entry, task_column)})")
+    sample = _sample(entry, [row for _, row in numbered] or rows)
+    if _check_columns(entry, sample.columns, report, from_data=bool(rows)) and (numbered or not rows):
+        _try_tricks(scorer, sample, report)
+        if numbered:
+            _check_golds(scorer, entry, numbered, report)
     scorer.close()
     return report
+
+
+def _applies(entry: RewardEntry, row: Mapping[str, Any], task_column: str | None) -> bool:
+    task = [entry.name] if task_column is None else row.get(task_column)
+    return entry.holds_for(row) and entry.name in ([task] if isinstance(task, str) else task or ())
 
 
 def _sample(entry: RewardEntry, rows: Sequence[Mapping[str, Any]]) -> Sample:
@@ -120,7 +134,10 @@ def _sample(entry: RewardEntry, rows: Sequence[Mapping[str, Any]]) -> Sample:
         if gold is not None:
             wrong = suited.wrong if suited.wrong != gold else f"not {gold}"
             return Sample(dict(row), gold, wrong)
-    return Sample(dict(rows[0]), suited.gold, suited.wrong) if rows else suited
+    if rows:
+        return Sample(dict(rows[0]), suited.gold, suited.wrong)
+    condition = {} if entry.when is None else {entry.when.column: entry.when.values[0]}
+    return Sample(suited.columns | condition, suited.gold, suited.wrong)
 
 
 def gold_text(entry: RewardEntry, row: Mapping[str, Any]) -> str | None:
@@ -177,6 +194,8 @@ def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
         errors.append(batch.scores[report.name][0].reason if failed else "")
     given = [value for value in values if value is not None]
     report.low, report.high = min(given, default=None), max(given, default=None)
+    if not given:
+        report.problems.append("gives no value for any text (None: does not apply): nothing about it was tried")
     by_name = {trick.name: value for trick, value in zip(tricks, values, strict=True)}
     honest = by_name["right, well formed"]
     for aspect, control in (("answer", "wrong, well formed"), ("format", "right, without tags")):
@@ -250,10 +269,12 @@ def _sum_up(report: Report) -> None:
         report.notes.append("scores neither the answer nor the tags: tricks are shown, not judged")
 
 
-def _check_golds(scorer: RewardScorer, entry: RewardEntry, rows: Sequence[Mapping[str, Any]], report: Report) -> None:
+def _check_golds(
+    scorer: RewardScorer, entry: RewardEntry, numbered: Sequence[tuple[int, Mapping[str, Any]]], report: Report
+) -> None:
     """Whether the dataset's own answers earn full marks; if not, the data or the function is wrong, and training cannot
     mend it."""
-    golds = [(number, row, gold_text(entry, row)) for number, row in enumerate(rows, start=1)]
+    golds = [(number, row, gold_text(entry, row)) for number, row in numbered]
     known = [(number, row, gold) for number, row, gold in golds if gold is not None]
     if "answer" not in report.looks_at or not known:
         report.notes.append(
@@ -262,18 +283,24 @@ def _check_golds(scorer: RewardScorer, entry: RewardEntry, rows: Sequence[Mappin
         return
     texts = [f"<think>We work it out step by step.</think>\n<answer>{gold}</answer>" for _, _, gold in known]
     batch = _score(scorer, texts, [row for _, row, _ in known])
+    values, scores = batch.by_function[entry.name], batch.scores[entry.name]
     report.gold_checked = len(known)
-    full = max((value for value in batch.by_function[entry.name] if value is not None), default=0.0)
+    report.rules.update(score.rule for score in scores if score.rule)
+    full = max((value for value in values if value is not None), default=0.0)
     bad = [
-        f"row {number} ({gold[:40]!r}): {_told(value)}, {score.reason[:80]}"
-        for (number, _, gold), value, score in zip(
-            known, batch.by_function[entry.name], batch.scores[entry.name], strict=True
-        )
+        f"row {number} ({gold[:40]!r}): {_told(value)}; {_why(score)}"
+        for (number, _, gold), value, score in zip(known, values, scores, strict=True)
         if value is None or value < full - _TOLERANCE
     ]
     if bad:
         report.problems.append(f"{len(bad)} of {len(known)} rows do not give full marks to their own answer")
         report.problems += [f"  {text}" for text in bad[:_SHOWN_ROWS]]
+
+
+def _why(score: Score) -> str:
+    """What was read, what it was compared with, and which rule decided, where the function says so."""
+    told = {key: text for key, text in score.explanation.items() if text}
+    return ", ".join(f"{key} {text[:80]!r}" for key, text in told.items()) or "it gives no reason"
 
 
 def _told(value: float | None) -> str:
@@ -290,7 +317,10 @@ def table(report: Report) -> Iterable[str]:
         seconds = f"{1e3 * line.slowest_s:.1f} ms"
         yield f"  {line.kind:18} {line.count:5d} {_told(line.low):>8} {_told(line.high):>8} {seconds:>9}  {paid}"
     if report.gold_checked:
-        yield f"  own answers of the dataset: {report.gold_checked} rows checked"
+        rules = ", ".join(f"{rule} {count}" for rule, count in report.rules.most_common())
+        yield f"  own answers of the dataset: {report.gold_checked} rows checked" + (
+            f", by rule: {rules}" * bool(rules)
+        )
     yield from (f"  note: {note}" for note in report.notes)
     yield from (f"  PROBLEM: {problem}" for problem in report.problems)
     yield "" if report.problems else "  no problems found"

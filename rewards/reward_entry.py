@@ -65,6 +65,9 @@ class Condition:
     def holds(self, value: Any) -> bool:
         return value in self.values
 
+    def __str__(self) -> str:
+        return f"column {self.column!r} is {' or '.join(map(repr, self.values))}"
+
 
 @dataclass(frozen=True, slots=True)
 class RewardEntry:

@@ -1,7 +1,7 @@
 """Try reward functions out on hostile texts and on rows of the dataset, before paying for GPUs.
 
-    python scripts/lint_rewards.py recipes/gsm8k/recipe.yaml                 # its reward_funcs, on rows of its
-    data.train python scripts/lint_rewards.py accuracy --data rows.jsonl                # one function by name
+    python scripts/lint_rewards.py recipes/quickstart.yaml                        # its reward_funcs, on its data.train
+    python scripts/lint_rewards.py accuracy --data rows.jsonl                     # one function by name
     python scripts/lint_rewards.py my_rewards.py:brevity --params '{"limit": 80}'
 
 Prints a table per function. Exit code 0: nothing found; 1: problems; 2: the recipe, function or data cannot be read.
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=json.loads, default={}, help="JSON of the function's parameters")
     options = parser.parse_args(arguments)
     try:
-        settings, rows = read_target(options)
-        reports = [lint_function(setting, rows) for setting in settings]
+        settings, rows, task_column = read_target(options)
+        reports = [lint_function(setting, rows, task_column=task_column) for setting in settings]
     except (OSError, ValueError) as error:
         print(f"lint_rewards: {error}", file=sys.stderr)
         return 2
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(report.problems for report in reports))
 
 
-def read_target(options: argparse.Namespace) -> tuple[Settings, list[dict[str, Any]]]:
-    """The functions to try, and the rows to try them on (none: the corpus brings its own)."""
+def read_target(options: argparse.Namespace) -> tuple[Settings, list[dict[str, Any]], str | None]:
+    """The functions to try, the rows to try them on (none: the corpus brings its own), and the recipe's task column."""
     rows = read_jsonl(options.data, options.rows) if options.data is not None else []
     if not options.target.endswith((".yaml", ".yml")):
-        return [{"func": options.target, "params": options.params}], rows
+        return [{"func": options.target, "params": options.params}], rows, None
     from rl.config import load_recipe  # only for recipes, as it loads the whole schema
     from rl.data.sources import read_rows
 
@@ -55,7 +55,7 @@ def read_target(options: argparse.Namespace) -> tuple[Settings, list[dict[str, A
     if options.data is None:
         located = read_rows(recipe.data.train, key="data.train", seed=recipe.seed)
         rows = [row.columns for row in located[: options.rows]]
-    return list(recipe.rewards.reward_funcs), rows
+    return list(recipe.rewards.reward_funcs), rows, recipe.rewards.task_column
 
 
 def read_jsonl(path: Path, limit: int) -> list[dict[str, Any]]:

@@ -29,6 +29,12 @@ def numeric(completions, answer):
     inner = [text.rpartition("<answer>")[2].partition("</answer>")[0].strip() for text in completions]
     return [float(text == gold.strip() and gold.strip().isdigit()) for text, gold in zip(inner, answer)]
 def rolls(completions): return [random.random() for _ in completions]
+def tells(completions, answer):
+    from rewards.base import Score
+    stated = [text.rpartition("<answer>")[2].partition("</answer>")[0] for text in completions]
+    return [Score(float(text == gold.upper()), "case differs", text, gold.upper(), "same text")
+            for text, gold in zip(stated, answer)]
+def never(completions): return [None] * len(completions)
 def wants(completions, solution): return [1.0] * len(completions)
 def optional(completions, anwser=None): return [1.0] * len(completions)
 """
@@ -85,6 +91,40 @@ def test_rows_whose_own_answer_is_not_worth_full_marks(file: str) -> None:
     assert any("row 3 ('6 or 7')" in problem for problem in report.problems)
     unread = lint_function(f"{file}:contains", [{"answer": "the work ... #### 4"}])  # expects the bare number
     assert any("takes the reference answer" in problem for problem in unread.problems)
+
+
+def test_bad_rows_say_what_was_read_and_which_rule_decided(file: str) -> None:
+    report = lint_function("exact_match", [{"answer": ["4", "four"]}, {"answer": "4"}, {"answer": "</answer>5"}])
+    (line,) = [problem for problem in report.problems if problem.startswith("  row")]
+    assert line.startswith("  row 3 ('</answer>5'): 0; gold '</answer>5', rule 'no answer', reason '")
+    report = lint_function(f"{file}:tells", [{"answer": "4"}, {"answer": "five"}])
+    (line,) = [problem for problem in report.problems if problem.startswith("  row")]
+    assert line == "  row 2 ('five'): 0; extracted 'five', gold 'FIVE', rule 'same text', reason 'case differs'"
+    report = lint_function("accuracy", [{"answer": "4"}, {"answer": "4" * 4000}])
+    assert "2 rows checked, by rule: same text 1, no answer 1" in "\n".join(table(report))
+
+
+MIXTURE = [{"task": "chat", "answer": None}, {"task": "math", "answer": "4"}, {"task": "math", "answer": "5"}]
+
+
+def test_rows_of_other_tasks_are_left_out() -> None:
+    math = lint_function({"func": "accuracy", "when": {"column": "task", "equals": "math"}}, MIXTURE)
+    assert math.problems == [] and math.gold_checked == 2 and math.looks_at == ["answer"]
+    assert math.notes[0].startswith("applies to 2 of 3 rows")
+    by_task = [{"use": ["format"], "answer": None}, {"use": "accuracy", "answer": "4"}]
+    report = lint_function("accuracy", by_task, task_column="use")
+    assert report.problems == [] and report.gold_checked == 1
+    without_data = lint_function({"func": "accuracy", "when": {"column": "task", "in": ["math", "x"]}})
+    assert without_data.problems == [] and without_data.looks_at == ["answer"]
+
+
+def test_a_function_that_never_applies_is_a_problem(file: str) -> None:
+    report = lint_function({"func": "accuracy", "when": {"column": "task", "equals": "maths"}}, MIXTURE)
+    assert any("applies to 0 of 3 rows" in problem and "maths" in problem for problem in report.problems)
+    report = lint_function("accuracy", [{"use": "format", "answer": "4"}], task_column="use")
+    assert any("applies to 0 of 1 rows" in problem for problem in report.problems)
+    report = lint_function(f"{file}:never")
+    assert any("gives no value for any text" in problem for problem in report.problems)
 
 
 def test_the_table_says_it_all(file: str) -> None:

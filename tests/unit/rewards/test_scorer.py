@@ -128,6 +128,16 @@ def test_scores_keep_their_reasons_and_timeouts_are_counted(file: str) -> None:
     assert batch.metrics["rewards/timed_out/timeout_frac"] == 1.0 and batch.rewards == [0.5]
 
 
+def test_what_is_logged_of_a_row(file: str) -> None:
+    batch = score(
+        RewardScorer([f"{file}:explained", f"{file}:length", "accuracy"]), ["<answer>4</answer>"], answer=["4"]
+    )
+    told = batch.explanations(0)
+    assert told["explained"] == {"extracted": "<answer>4</answer>", "gold": None, "rule": "r", "reason": "half"}
+    assert told["accuracy"]["extracted"] == told["accuracy"]["gold"] == "4" and told["accuracy"]["rule"]
+    assert told.keys() == {"explained", "accuracy"}  # a bare number has no reason
+
+
 def test_values_of_arrays_and_truth_values(file: str) -> None:
     batch = score(RewardScorer([f"{file}:tensor", f"{file}:equals"]), ["a", "b"], answer=["a", "a"])
     assert batch.rewards == [1.25, 0.25]
