@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import json
 import math
 import os
 import pickle
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rewards.worker import receive_frame, send_frame
+from rewards.worker import receive_frame, receive_message, send_frame, send_message
 
 Status = Literal["ok", "timeout", "memory", "error", "broken"]
 
@@ -63,7 +62,9 @@ class Outcome:
 def default_workers() -> int:
     """The cores that this process may use, shared among the ranks of this host (LOCAL_WORLD_SIZE), at least 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, cores // max(1, ranks))
 
 
 class VerifierPool:
@@ -287,7 +288,7 @@ class _TemplateHandle:
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
         self._stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         ours.settimeout(_LOAD_LIMIT_S)
         package_root = str(Path(__file__).resolve().parent.parent)
         # The worker sees the modules that we see; "" (a console's working directory) does not travel by itself.
@@ -313,17 +314,15 @@ class _TemplateHandle:
         return ours
 
     def _request(self, control: socket.socket, message: dict[str, Any], *fds: int) -> dict[str, Any]:
-        packet = json.dumps(message).encode()
         try:
-            socket.send_fds(control, [packet], fds)
-            reply = control.recv(1 << 16)
+            send_message(control, message, *fds)
+            return receive_message(control)[0]
+        except EOFError as error:
+            self._stop()
+            raise OSError("the verifiers' template process has died") from error
         except OSError:
             self._stop()
             raise
-        if not reply:
-            self._stop()
-            raise OSError("the verifiers' template process has died")
-        return json.loads(reply)
 
     def _stop(self) -> None:
         if self._control is not None:

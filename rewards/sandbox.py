@@ -311,6 +311,10 @@ print(os.getpid() < 1000, not os.path.exists(sys.stdin.readline().strip()), not 
 @functools.cache
 def isolation_method() -> Method:
     """What isolates on this machine, found by trying. SandboxUnavailable (a RuntimeError) says why nothing does."""
+    if sys.platform != "linux":
+        raise SandboxUnavailable(
+            f"code from a model is only run in isolation, which needs Linux; this is {sys.platform}"
+        )
     problems: list[str] = []
     for method in ("bubblewrap", "namespaces"):
         if method == "bubblewrap" and shutil.which("bwrap") is None:

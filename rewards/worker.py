@@ -1,6 +1,6 @@
 """The far side of `rewards.pool`: a clean, single-threaded template process and the workers it forks.
 
-In: `python -m rewards.worker FD`, where FD is one end of a Unix SOCK_SEQPACKET pair to the process that owns the pool.
+In: `python -m rewards.worker FD`, where FD is one end of a Unix socket pair to the process that owns the pool.
 Out: nothing but messages on its sockets.
 
     owner --control--> template --fork--> worker <--data--> owner
@@ -64,8 +64,25 @@ def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     return bytes(pieces)
 
 
+def send_message(sock: socket.socket, message: dict[str, Any], *fds: int) -> None:
+    """Send one JSON object as a line, with open files."""
+    socket.send_fds(sock, [json.dumps(message).encode() + b"\n"], fds)
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The next object sent with `send_message`, and its files. EOFError when the other side has gone."""
+    line, fds = b"", []
+    while not line.endswith(b"\n"):  # one request is under way at a time, so nothing stands behind its line
+        piece, more, _, _ = socket.recv_fds(sock, 1 << 16, 1)
+        if not piece:
+            raise EOFError("the other side closed the socket")
+        line += piece
+        fds += more
+    return json.loads(line), fds
+
+
 class Template:
-    """Answers the owner's requests (one JSON object a packet) until the owner closes its end or dies."""
+    """Answers the owner's requests, one at a time, until the owner closes its end or dies."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
@@ -80,14 +97,10 @@ class Template:
                 break
             if not ready:
                 continue
-            packet, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 1)
-            if not packet:
-                break
-            request = json.loads(packet)
-            reply = getattr(self, "_" + request.pop("op"))(fds=fds, **request)
             try:
-                self._control.send(json.dumps(reply).encode())
-            except BrokenPipeError:
+                request, fds = receive_message(self._control)
+                send_message(self._control, getattr(self, "_" + request.pop("op"))(fds=fds, **request))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
                 break
         for pid in tuple(self._children):
             self._kill(pid=pid, died=False, fds=[])
@@ -130,9 +143,10 @@ class Template:
 def _work(data: socket.socket, memory_bytes: int) -> None:
     """The life of a forked worker: set limits, then call functions until the owner closes the socket."""
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    if sys.platform == "linux":  # macOS has neither: there, end-of-file ends a worker, and only its time is limited
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     functions: dict[str, Callable[..., Any]] = {}
     try:
         while True:

@@ -201,6 +201,46 @@ def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert default_workers() == 1
 
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert default_workers() == 3
+
+
+LACKS_WHAT_MACOS_LACKS = """
+import ctypes, os, resource, socket, sys
+del os.sched_getaffinity, socket.SOCK_SEQPACKET
+sys.platform = "darwin"
+def refuse(*arguments): raise ValueError("not on macOS")
+ctypes.CDLL = refuse
+limit = resource.setrlimit
+resource.setrlimit = lambda kind, values: refuse() if kind == resource.RLIMIT_AS else limit(kind, values)
+"""
+
+
+def test_what_is_linux_only_is_not_needed(tmp_path: Path) -> None:
+    """Scoring works, symbolic verifier and time limits included; programs are refused."""
+    (tmp_path / "sitecustomize.py").write_text(LACKS_WHAT_MACOS_LACKS)
+    script = (
+        "import os, sys; assert sys.platform == 'darwin' and not hasattr(os, 'sched_getaffinity')\n"
+        "from rewards.scorer import RewardError, RewardScorer\n"
+        "from rewards.pool import shared_pool\n"
+        "text = r'<think>t</think><answer>\\int_0^x t\\, dt</answer>'\n"
+        "def score(name, **columns):\n"
+        "    return RewardScorer([name]).score(['p'], [text], [[0]], columns, [0]).rewards\n"
+        "print(score('format'), score('accuracy', answer=[r'\\frac{x^2}{2}']))\n"
+        "print(shared_pool().map('time:sleep', [(9,), (0,)], 0.3)[0].status)\n"
+        "try: score('code', tests=[[{'input': '', 'output': ''}]])\n"
+        "except RewardError as error: print(str(error).splitlines()[0])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path
+    )
+    first, second, third = done.stdout.splitlines() or [done.stderr, "", ""]
+    assert first == "[1.0] [1.0]" and second == "timeout", done.stderr
+    assert "needs Linux; this is darwin" in third
+
 
 def test_a_forked_child_gets_a_pool_of_its_own() -> None:
     pool = shared_pool()
