@@ -8,15 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.hostile_cases import FILE, hostile_cases
+
 REPOSITORY = Path(__file__).parents[2]
 RANK = """
 import json, sys, threading, time
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 
 from rewards.pool import shared_pool
 from rewards.scorer import RewardScorer
 from rl.distributed import leave_process_group
+from tests.hostile_cases import faults, hostile_cases
 
 accelerator = Accelerator(cpu=True)
 torch.ones(64, 64) @ torch.ones(64, 64)  # starts torch's threads
@@ -36,9 +41,13 @@ thread = threading.Thread(target=lambda: results.append(score().by_function))
 thread.start()
 thread.join()
 seconds = time.monotonic() - started
+hostile = hostile_cases(Path(sys.argv[1])) if Path(sys.argv[1]).exists() else []
+accelerator.wait_for_everyone()  # the files that hostile texts may make are gone for both
+found = [fault for row in hostile for fault in faults(row)]
 print(json.dumps({
     "rank": accelerator.process_index, "workers": shared_pool().workers,
     "same": results == [first], "seconds": seconds, "accuracy": first["accuracy"], "regex": first["regex"],
+    "hostile": len(hostile), "faults": found,
 }), flush=True)
 leave_process_group()
 """
@@ -49,7 +58,7 @@ def test_two_ranks_score_alike_and_in_time(tmp_path: Path) -> None:
     script.write_text(RANK)
     config = REPOSITORY / "recipes" / "accelerate_configs" / "ddp.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", "2", str(script)]
+    command += ["--num_processes", "2", str(script), str(FILE)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,5 +67,6 @@ def test_two_ranks_score_alike_and_in_time(tmp_path: Path) -> None:
     for report in reports:
         assert report["accuracy"][:3] == [1.0, 0.0, 0.0] and report["regex"][3] == 0.0
         assert report["same"] and report["seconds"] < 20, report
+        assert report["faults"] == [] and report["hostile"] == (len(hostile_cases()) if FILE.exists() else 0)
         assert report["workers"] == max(1, len(os.sched_getaffinity(0)) // 2)
     print(reports)
