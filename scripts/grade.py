@@ -5,8 +5,9 @@
 A row has `id`, `task` (gsm8k, math, multiple_choice, countdown, code), `gold`, and `completion` or `completion_spec`
 ([[text, times], ...]); `options` where they apply. A verdict has `id`, `correct`, `extracted`, `gold`, `rule`,
 `reason`, `seconds`; with --tagged the answer must stand in the tags and `format_ok` is added. Where the rows have
-labels (`expected`, or `correct` and `format_ok`), the agreement is printed. Exit code 2: the
-file or its rows cannot be read; nothing is graded then.
+labels (`expected`, or `correct` and `format_ok`), the agreement is printed. Exit code 1: some rows could not be graded
+(rule `error`: the verifier does not work, or the tests of a program cannot be read). Exit code 2: the file or its rows
+cannot be read; nothing is graded then.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{correct} of {len(verdicts)} correct; median {median_ms:.3f} ms, slowest {seconds[-1]:.3f} s")
     for line in agreement(rows, verdicts):
         print(line)
-    return 0
+    failed = [verdict for verdict in verdicts if verdict["rule"] == "error"]
+    if failed:
+        first = failed[0]
+        print(f"grade: {len(failed)} rows could not be graded; {first['id']}: {first['reason']}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

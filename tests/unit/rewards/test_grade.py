@@ -77,6 +77,14 @@ def test_bad_rows_are_listed_with_numbers(
     assert not (tmp_path / "v.jsonl").exists()
 
 
+def test_rows_that_could_not_be_graded_are_told(
+    grade: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ROWS[0], {"id": "p", "task": "code", "gold": "{", "completion": "```python\nprint(1)\n```"}]
+    assert grade.main([str(write(tmp_path / "c.jsonl", rows)), "--out", str(tmp_path / "v.jsonl")]) == 1
+    assert "1 rows could not be graded; p: tests: not JSON" in capsys.readouterr().err
+
+
 def test_missing_and_empty_files(grade: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert grade.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "v.jsonl")]) == 2
     assert grade.main([str(write(tmp_path / "empty.jsonl", [])), "--out", str(tmp_path / "v.jsonl")]) == 2
