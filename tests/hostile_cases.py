@@ -21,7 +21,8 @@ def hostile_cases(file: Path = FILE) -> list[dict[str, Any]]:
     """All rows, but no programs where nothing isolates, since they are refused there. None of the files that they try
     to make is there, and verdicts of earlier calls are forgotten."""
     judge_pair.cache_clear()
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     try:
         isolation_method()
     except SandboxUnavailable:
