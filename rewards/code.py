@@ -100,11 +100,14 @@ def code_format_reward(
     prompts: Sequence[Any], completions: Sequence[Completion], completion_ids: Sequence[Any] = (), **columns: Any
 ) -> list[Score]:
     """1 when the completion is well formed (see `format`) and its answer is one fenced Python block and nothing else,
-    else 0.
+    else 0. Range {0, 1}.
 
     Source: open-r1's code_format reward, which looks for the fence with a regular expression; here by parts.
 
-        "<think>t</think><answer>```python\\nprint(1)\\n```</answer>"   ->  1.0
+    >>> answers = ["```python\\nprint(1)\\n```", "print(1)"]
+    >>> texts = [f"<think>t</think><answer>{answer}</answer>" for answer in answers]
+    >>> [score.value for score in code_format_reward([], texts)]
+    [1.0, 0.0]
     """
     return [_score_form(completion_text(completion)) for completion in completions]
 

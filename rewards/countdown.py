@@ -132,7 +132,8 @@ def countdown_reward(
     parentheses, and equals the target exactly; else 0.0.
 
     Range: {0, 1}. `tagged=False` reads the last box or the last line after thinking. ValueError when a column is
-    missing, has another length, or holds no whole numbers.
+    missing, has another length, or holds no whole numbers. Source: the Countdown task of TinyZero (Pan et al. 2025);
+    departures: see the file's docstring.
 
     >>> text = "<think>15 + 9</think><answer>3 * 5 + 7 + 2 = 24</answer>"
     >>> countdown_reward([], [text], numbers=[[3, 5, 7, 2]], target=[24])[0].value

@@ -22,7 +22,9 @@ def exact_match_reward(
     row has no reference.
 
     Range: {0, 1}. `tagged`: compare the content of the one answer block, else the whole completion. A reference that
-    is a list allows each of its members. ValueError when the column is missing or has another length.
+    is a list allows each of its members. ValueError when the column is missing or has another length. Source: exact
+    match of SQuAD (arXiv 1606.05250), with several references as there; departures: punctuation and articles count,
+    and so does case unless `ignore_case`.
 
     >>> exact_match_reward([], ["<think>...</think><answer> Paris </answer>"], answer=["Paris"])[0].value
     1.0

@@ -124,11 +124,14 @@ async def judge_reward(
     """rubric: score / max_score, cut to [0, 1]. pairwise: 1 for better than the reference, 0.5 for a tie, 0 for worse,
     as the mean over both orders of the two responses, since judges prefer a place.
 
-    Range [0, 1]. rubric mode shows the row's reference, if reference_column is given, as the reference answer.
+    Range [0, 1]. Source: Zheng et al. 2023 (arXiv 2306.05685), section 3.1 and appendix A; departures: see the file's
+    docstring. rubric mode shows the row's reference, if reference_column is given, as the reference answer.
     api_key_env: the environment variable that holds the key (a recipe should not). cache_folder: where verdicts are
-    kept, by content.
+    kept, by content. concurrency: requests at one time, of all calls in this process to this endpoint together.
+    timeout_s: of one request; the entry's time_limit_s holds for a call with all its rows.
 
-        a judge that answers '{"score": 7}' with max_score 10   ->  0.7
+        a judge that answers '{"score": 7}' with max_score 10              ->  0.7
+        pairwise, one that answers '{"winner": "A"}' in either order       ->  0.5
     """
     key = os.environ[api_key_env] if api_key_env is not None else None
     endpoint = _Endpoint(

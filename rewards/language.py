@@ -89,7 +89,8 @@ def language_consistency_reward(
     language_column: str | None = None,
     **columns: Sequence[Any],
 ) -> list[Score]:
-    """Words in the target language / all words; 0 for a text without words. Range [0, 1].
+    """Words in the target language / all words; 0 for a text without words. Range [0, 1]. Source: DeepSeek-R1 (arXiv
+    2501.12948), section 2.3.2, which does not say how the language of a word is told; that is our own.
 
     language: ISO 639-1 code. language_column: a dataset column that holds the code of each row instead (None: does not
     apply). A word's script decides; Chinese, Japanese and Thai count by characters. Two languages of the Latin script

@@ -44,7 +44,9 @@ def cosine_reward(
     where that gives None. Source: Yeo et al. 2025 (arXiv 2502.03373), section 4.1; names as in open-r1's `cosine`.
     Departures: length in tokens, not characters, and constant beyond max_len, where open-r1's cosine rises again.
 
-    Worked example: max_len 100, a correct answer of 50 tokens gives 0.75, one of 100 or more gives 0.5.
+    >>> texts, ids = ["<answer>4</answer>"] * 3, [range(0), range(50), range(200)]
+    >>> [round(score.value, 2) for score in cosine_reward([], texts, ids, max_len=100, answer=["4"] * 3)]
+    [1.0, 0.75, 0.5]
     """
     verdicts = accuracy_reward(prompts, completions, completion_ids, gold_column=gold_column, tagged=tagged, **columns)
     scores: list[Score] = []
@@ -82,11 +84,14 @@ def soft_overlong_punishment_reward(
     """0 up to max_completion_len - soft_punish_cache tokens, falling linearly to -1 at max_completion_len, -1 beyond.
 
     Range [-1, 0]. Source: DAPO (arXiv 2503.14476), equation 13; names as in TRL's get_soft_overlong_punishment.
-    Worked example: max_completion_len 100, soft_punish_cache 20: 80 tokens give 0, 90 give -0.5, 101 give -1.
+
+    >>> limits, ids = {"max_completion_len": 100, "soft_punish_cache": 20}, [range(80), range(90), range(101)]
+    >>> [round(score.value, 2) for score in soft_overlong_punishment_reward([], [""] * 3, ids, **limits)]
+    [0.0, -0.5, -1.0]
     """
     scores = []
     for tokens in map(len, completion_ids):
         over = tokens - (max_completion_len - soft_punish_cache)
-        value = -min(1.0, max(0.0, over / soft_punish_cache))
+        value = min(0.0, max(-1.0, -over / soft_punish_cache))
         scores.append(Score(value, f"{tokens} tokens of at most {max_completion_len}", rule="length"))
     return scores

@@ -273,7 +273,8 @@ def multiple_choice_reward(
     reference.
 
     Range: {0, 1}. `tagged`: the choice must stand in the one answer block and be the only one; else the last choice
-    after thinking counts. ValueError when the column of references is missing or has another length.
+    after thinking counts. ValueError when the column of references is missing or has another length. Source: accuracy
+    rewards of DeepSeek-R1 (arXiv 2501.12948), section 2.2.2; the rules that read the choice are our own.
 
     >>> text = "<think>2+2</think><answer>(B) 4</answer>"
     >>> multiple_choice_reward([], [text], answer=["B"], options=[["3", "4"]])[0].value

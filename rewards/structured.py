@@ -84,13 +84,16 @@ def json_schema_reward(
     pool: VerifierPool | None = None,
     **columns: Sequence[Any],
 ) -> list[Score]:
-    """1 when the answer is one JSON document that the schema accepts, else 0. Range {0, 1}.
+    """1 when the answer is one JSON document that the schema accepts, else 0. Range {0, 1}. Source: JSON Schema, draft
+    2020-12 (json-schema.org); departure: only the keywords of this file.
 
-    schema: a JSON Schema (draft 2020-12) made of the keywords of this file, others are refused. schema_column: the
-    dataset's column that holds one per row, as data or JSON text; None there does not apply. tagged: the answer is the
-    content of the answer block, else the whole text; one pair of ``` lines around it is taken off.
+    schema: other keywords are refused. schema_column: the dataset's column that holds one per row, as data or JSON
+    text; None there does not apply. tagged: the answer is the content of the answer block, else the whole text; one pair of
+    ``` lines around it is taken off.
 
-        schema {"type": "object", "required": ["a"]}, "<answer>{"a": 1}</answer>"   ->  1.0
+    >>> texts = ['<answer>{"a": 1}</answer>', '<answer>{"b": 1}</answer>']
+    >>> [score.value for score in json_schema_reward([], texts, schema={"type": "object", "required": ["a"]})]
+    [1.0, 0.0]
     """
     schemas = [schema] * len(completions) if schema_column is None else list(columns[schema_column])
     jobs = [
@@ -122,11 +125,14 @@ def regex_reward(
     **columns: Sequence[Any],
 ) -> list[Score]:
     """1 when the pattern matches the whole answer block (where: answer) or the whole completion, else 0. Range {0, 1}.
+    Source: own; the patterns are those of Python's `re`.
 
-    pattern: of Python's `re`, matched as fullmatch; write `.*` where the rest does not matter. pattern_column: one per
-    row. A text on which the pattern takes more than a second gives 0 and counts as timeout.
+    pattern: matched as fullmatch; write `.*` where the rest does not matter. pattern_column: one per row. A text on
+    which the pattern takes more than a second gives 0 and counts as timeout.
 
-        pattern "[A-D]", "<think>t</think><answer>B</answer>"   ->  1.0
+    >>> texts = ["<think>t</think><answer>B</answer>", "<think>t</think><answer>B or C</answer>"]
+    >>> [score.value for score in regex_reward([], texts, pattern="[A-D]")]
+    [1.0, 0.0]
     """
     patterns = [pattern] * len(completions) if pattern_column is None else list(columns[pattern_column])
     jobs = [

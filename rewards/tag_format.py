@@ -147,7 +147,8 @@ def format_prefilled_reward(
 ) -> list[Score]:
     """`format` for chat templates whose prompt already ends with `<think>`: the completion begins inside of thinking.
 
-    Range: {0, 1}.
+    1.0 when `<think>` and the completion together are well formed, else 0.0. Range: {0, 1}. Source: as `format`; own
+    variant, for R1-style templates.
 
     >>> texts = ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"]
     >>> [score.value for score in format_prefilled_reward([], texts)]
