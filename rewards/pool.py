@@ -194,8 +194,8 @@ class _Slot:
         except TimeoutError:
             self._replace()
             return Outcome(None, "timeout", time.monotonic() - started, f"killed after {job.limit_s:g} s")
-        except (EOFError, OSError) as error:
-            return self._died(error, time.monotonic() - started)
+        except (EOFError, OSError) as gone:
+            return self._died(gone, time.monotonic() - started)
         if status == "memory":  # what the failed job left allocated would starve the next one
             self._replace()
         return Outcome(value, status, time.monotonic() - started, error)

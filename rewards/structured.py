@@ -88,8 +88,8 @@ def json_schema_reward(
     2020-12 (json-schema.org); departure: only the keywords of this file.
 
     schema: other keywords are refused. schema_column: the dataset's column that holds one per row, as data or JSON
-    text; None there does not apply. tagged: the answer is the content of the answer block, else the whole text; one pair of
-    ``` lines around it is taken off.
+    text; None there does not apply. tagged: the answer is the content of the answer block, else the whole text; one
+    pair of ``` lines around it is taken off.
 
     >>> texts = ['<answer>{"a": 1}</answer>', '<answer>{"b": 1}</answer>']
     >>> [score.value for score in json_schema_reward([], texts, schema={"type": "object", "required": ["a"]})]
