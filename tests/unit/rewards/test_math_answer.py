@@ -12,10 +12,10 @@ import pytest
 
 from rewards import math_answer
 from rewards.base import Score
-from rewards.extract import Extraction
 from rewards.grading import agreement, grade_rows
 from rewards.math_answer import Case, accuracy_reward, judge_cases, reference_answer
 from rewards.math_compare import compare_texts
+from rewards.phrases import Extraction
 from rewards.pool import Outcome
 from rewards.symbolic import worth_trying
 
