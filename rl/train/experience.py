@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -197,7 +197,8 @@ def _reordered(batch: ScoredBatch, order: Sequence[int]) -> ScoredBatch:
     def pick(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return {name: [values[i] for i in order] for name, values in table.items()}
 
-    return ScoredBatch(
+    return replace(
+        batch,
         rewards=[batch.rewards[i] for i in order],
         by_function=pick(batch.by_function),
         scores=pick(batch.scores),
