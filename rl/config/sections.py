@@ -285,8 +285,8 @@ class EvalSection(Section):
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
     metric: Text | None = None
-    """Reward function whose score of 1 means that an answer is right; left out: accuracy, or what else compares with
-    it."""
+    """Reward function whose score of 1 means that an answer is right, in training and held out; left out: accuracy,
+    exact_match, multiple_choice, countdown or code, the first in use; with none of them no accuracy is measured."""
     max_completion_length: Positive | None = None
     """Tokens of an answer; left out: rollout.max_completion_length."""
 

@@ -51,11 +51,6 @@ class Experience:
     rewards: torch.Tensor
     advantages: torch.Tensor
 
-    @property
-    def scored_names(self) -> list[str]:
-        """The reward functions."""
-        return list(self.scored.by_function)
-
     def table(self) -> list[dict[str, Any]]:
         """One dict a row, for the log: what was asked, answered, scored, and why."""
         return [

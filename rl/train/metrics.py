@@ -175,12 +175,12 @@ def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
     """The line of an evaluation: its main numbers, each with its interval where `<name>_low` and `<name>_high` are
     given.
 
-    Left to the record: shares, times, and pass@k but for the largest k (pass@1 is the sampled accuracy and lends its
-    interval)."""
+    Left to the record: shares, times, what reward functions count, and pass@k but for the largest k (pass@1 is the
+    sampled accuracy and lends its interval)."""
     largest = max((int(name.split("@")[1]) for name in metrics if _PASS_AT.fullmatch(name)), default=1)
     parts = [f"eval at step {step}"]
     for name, value in metrics.items():
-        if name.endswith(("_low", "_high", "_s", "_frac")):
+        if name.endswith(("_low", "_high", "_s", "_frac")) or name.startswith("eval/rewards/"):
             continue
         if _PASS_AT.fullmatch(name) and (largest == 1 or name != f"eval/pass@{largest}"):
             continue

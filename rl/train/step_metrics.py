@@ -7,15 +7,15 @@ All numbers are over all ranks: experience records are shared, update sums are r
 from __future__ import annotations
 
 from rl.grpo.advantages import reward_metrics
-from rl.train.evaluate import rightness_function
 from rl.train.experience import Experience
 from rl.train.update import UpdateResult
 
 
 def step_metrics(
-    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float
+    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float, metric: str | None
 ) -> dict[str, float]:
-    """seconds: by stage ("rollout", "reward", "update", "rest"); epoch: passes over the training problems so far."""
+    """seconds: by stage ("rollout", "reward", "update", "rest"); epoch: passes over the training problems so far.
+    metric: the reward function whose 1 means a right answer; without one there is no accuracy."""
     lengths = [record.tokens for record in experience.records]
     ended = [record.tokens for record in experience.records if not record.truncated]
     total_s = sum(seconds.values())
@@ -35,8 +35,8 @@ def step_metrics(
         "rollout/tokens_per_s": sum(lengths) / max(seconds["rollout"], 1e-9),
         "train/tokens_per_s": sum(lengths) / max(total_s, 1e-9),
     }
-    right = rightness_function(experience.scored_names, None)
-    values = [value for value in experience.scored.by_function[right] if value is not None]
+    given = [] if metric is None else experience.scored.by_function[metric]
+    values = [value for value in given if value is not None]
     if values:
         metrics["accuracy"] = sum(value >= 1.0 for value in values) / len(values)
     if result.expert_load is not None:

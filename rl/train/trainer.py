@@ -22,7 +22,7 @@ from rl.data import ProblemOrder, load_train_and_eval
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
-from rl.train.evaluate import Evaluation, Evaluator
+from rl.train.evaluate import Evaluation, Evaluator, rightness_function
 from rl.train.experience import Experience, collect
 from rl.train.keeping import Keeper, save_final_policy
 from rl.train.learner import Learner
@@ -54,8 +54,11 @@ class GRPOTrainer:
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         scorer = make_scorer(recipe)
+        self.metric = rightness_function(scorer.entries, recipe.eval.metric)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe)
+        if self.metric is None and is_main_process():
+            print("[aha] no reward function says whether an answer is right: no accuracy (eval.metric can name one)")
         train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
@@ -67,6 +70,7 @@ class GRPOTrainer:
             self.evaluator = Evaluator(
                 recipe.eval,
                 problems,
+                metric=self.metric,
                 engine=self.engine,
                 scorer=scorer,
                 decode=session.decode,
@@ -161,7 +165,8 @@ class GRPOTrainer:
             if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
                 assert self.learner.reference is not None
                 self.learner.reference.refresh()
-        metrics = step_metrics(experience, result, clock.seconds, epoch=self.order.epoch(step + 1))
+        epoch = self.order.epoch(step + 1)
+        metrics = step_metrics(experience, result, clock.seconds, epoch=epoch, metric=self.metric)
         return metrics, experience
 
     def _replays_routes(self, experience: Experience) -> bool:

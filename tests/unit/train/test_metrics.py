@@ -87,7 +87,7 @@ def test_lines() -> None:
     assert headline("grpo", 1, {"nothing/known": 1.0}) == "grpo step     1"
     values = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6, "time/eval_s": 3.0}
     assert evaluation_line(4, values) == "eval at step 4  accuracy 0.5 [0.400, 0.600]"
-    values = {"eval/sampled_accuracy": 0.5, "eval/sampled_truncated_frac": 0.1}
+    values = {"eval/sampled_accuracy": 0.5, "eval/sampled_truncated_frac": 0.1, "eval/rewards/judge/calls": 3.0}
     for k in (1, 2, 4):
         values |= {f"eval/pass@{k}": k / 5, f"eval/pass@{k}_low": k / 10, f"eval/pass@{k}_high": 1.0}
     assert (
