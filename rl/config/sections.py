@@ -233,7 +233,7 @@ class RewardsSection(Section):
 
 
 class LoggingSection(Section):
-    """What is shown and recorded (metrics.jsonl in the run folder is always written)."""
+    """What is shown and recorded (metrics.jsonl in the run folder gets every GRPO step, whatever is shown)."""
 
     report_to: tuple[Literal["wandb"], ...] = ()
     """Trackers beside our own files."""
@@ -242,7 +242,7 @@ class LoggingSection(Section):
     run_name: Text | None = None
     """Name in the tracker; left out: the recipe's name."""
     logging_steps: Positive = 1
-    """Steps between lines on the screen and records in the tracker."""
+    """Steps between lines on the screen, records in the tracker and logged completions."""
     log_completions: Flag = True
     """Write completions with their scores to the run folder and the tracker."""
     print_samples_every: Natural = 10

@@ -114,7 +114,7 @@ def collect(
     """Sample and score all `problems` of the step (the same list on every rank; each rank does its own).
 
     clock: times the stages "rollout" (sampling, with the scoring that overlaps it) and "reward" (what had to be waited
-    for)."""
+    for) of this rank; waiting for the other ranks belongs to neither."""
     positions = list(range(rank(), len(problems), world_size()))
     requests = [
         RolloutRequest(
@@ -127,7 +127,7 @@ def collect(
         groups, pending = sample_and_submit(requests, engine=engine, params=params, scorer=scorer, decode=decode)
     with clock("reward"):
         scored = merge_batches([future.result() for future in pending])
-        records, scored = _share(groups, positions, scored, decode)
+    records, scored = _share(groups, positions, scored, decode)
     rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in records]).view(-1, num_generations)
     return Experience(groups, positions, records, scored, rewards, group_advantages(rewards, scale=scale_rewards))
 

@@ -1,7 +1,7 @@
 """What a run tells: a line on the screen, its own record in the run folder, and wandb. Only rank 0 tells anything.
 
-    <folder>/metrics.jsonl       every logged step and every evaluation: {"step": 3, "stage": "grpo", "reward": 0.25,
-    ...} <folder>/completions.jsonl   what was asked, answered and scored
+    <folder>/metrics.jsonl       every step and every evaluation: {"step": 3, "stage": "grpo", "reward": 0.25, ...}
+    <folder>/completions.jsonl   what was asked, answered and scored
     <folder>/evaluations.jsonl   the answers of every evaluation
     <folder>/wandb/              the tracker's files, when `logging.report_to` names it
 
@@ -94,12 +94,12 @@ class MetricsLogger:
     ) -> None:
         self.close(failed=error is not None)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers after `step` steps: to the screen, the record and the tracker."""
+    def log(self, step: int, metrics: Mapping[str, Any], *, shown: bool = True) -> None:
+        """Numbers after `step` steps: to the record and, if they are to be shown, to the screen and the tracker."""
         self._write(METRICS_FILE, step, [metrics])
-        if self._tells:
+        if shown and self._tells:
             write_line(headline(self.stage, step, metrics))
-        if self._tracker:
+        if shown and self._tracker:
             self._tracker.log(step, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
 from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
-from rl.train.step_metrics import step_metrics
+from rl.train.step_metrics import stage_seconds, step_metrics
 from rl.train.update import GRPOUpdate
 
 
@@ -140,7 +140,7 @@ class GRPOTrainer:
 
     def step(self, step: int) -> tuple[dict[str, float], Experience]:
         """GRPO step number `step` (0-based): its metrics (the same on every rank) and what was sampled."""
-        recipe, clock = self.recipe, StageClock()
+        recipe, clock, began = self.recipe, StageClock(), time.monotonic()
         problems = [self.train_set[i] for i in self.order.indices(step)]
         with self.learner.gathered():
             experience = collect(
@@ -159,14 +159,14 @@ class GRPOTrainer:
             result = self.update.run(experience, step=step, replay_routes=self._replays_routes(experience))
         for update in result.steps:
             self.keeper.check_finite(update, step=step, on_nonfinite=recipe.optimizer.on_nonfinite)
-        with clock("rest"):
-            if recipe.model.router_bias_update_rate and result.expert_load is not None:
-                update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
-            if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
-                assert self.learner.reference is not None
-                self.learner.reference.refresh()
+        if recipe.model.router_bias_update_rate and result.expert_load is not None:
+            update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
+        if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
+            assert self.learner.reference is not None
+            self.learner.reference.refresh()
         epoch = self.order.epoch(step + 1)
-        metrics = step_metrics(experience, result, clock.seconds, epoch=epoch, metric=self.metric)
+        seconds = stage_seconds(clock.seconds, time.monotonic() - began)
+        metrics = step_metrics(experience, result, seconds, epoch=epoch, metric=self.metric)
         return metrics, experience
 
     def _replays_routes(self, experience: Experience) -> bool:
@@ -182,10 +182,10 @@ class GRPOTrainer:
         self, done: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress
     ) -> None:
         logging = self.recipe.logging
-        if done % logging.logging_steps == 0 or done == self.recipe.grpo.steps:
-            log.log(done, metrics)
-            if logging.log_completions:
-                log.log_completions(done, experience.table())
+        shown = done % logging.logging_steps == 0 or done == self.recipe.grpo.steps
+        log.log(done, metrics, shown=shown)
+        if shown and logging.log_completions:
+            log.log_completions(done, experience.table())
         progress.update(
             reward=metrics["reward"],
             accuracy=metrics.get("accuracy"),

@@ -62,6 +62,28 @@ def test_record_screen_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_rows(tmp_path / "evaluations.jsonl") == [{"step": 0, "stage": "grpo", "text": "a"}]
 
 
+def test_steps_that_are_not_shown_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
+        log._tracker = tracker = _Tracked()  # type: ignore[assignment]
+        for step in (1, 2, 3):
+            log.log(step, {"skipped_updates": step / 2}, shown=step == 2)
+    assert [row["skipped_updates"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 1.5]
+    assert capsys.readouterr().out == "grpo step     2\n" and tracker.steps == [2]
+
+
+class _Tracked:
+    """A tracker that remembers the steps it was told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, step: int, metrics: object) -> None:
+        self.steps.append(step)
+
+    def close(self, *, failed: bool) -> None:
+        assert not failed
+
+
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
     for _ in range(2):
         with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
