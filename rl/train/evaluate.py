@@ -23,7 +23,7 @@ from rewards.scorer import RewardScorer, ScoredBatch, merge_batches
 from rl.config import EvalSection
 from rl.distributed import derive_seed, gather_objects, rank, world_size
 from rl.train.evaluation_stats import Estimate, majority_accuracy, pass_at_k_interval, wilson_interval
-from rl.train.experience import TextOf, sample_and_submit
+from rl.train.experience import TextOf, explanations, sample_and_submit
 from rl.types import Completion, Problem, RolloutEngine, RolloutRequest, SamplingParams
 
 # Reward functions that say whether an answer is right, in order of preference, for recipes that do not name one.
@@ -32,15 +32,15 @@ RIGHTNESS = ("accuracy", "exact_match", "multiple_choice", "countdown", "code")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion of a held-out problem. right: the metric function gave 1 or more; None when it gave no value.
-    extracted: the answer it read."""
+    """One completion of a held-out problem. scores: what each reward function says. right: the metric function gave 1
+    or more; None when it gave no value. extracted: the answer it read."""
 
     problem_id: str
     prompt: str
     text: str
     tokens: int
     truncated: bool
-    scores: dict[str, float | None]
+    scores: dict[str, Score]
     right: bool | None
     extracted: str | None
 
@@ -54,9 +54,19 @@ class Evaluation:
     sampled: list[list[Answer]]
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict an answer, for the samples file."""
+        """One dict an answer, for the samples file: what was asked, answered, scored, and why."""
         kinds = (("greedy", self.greedy), ("sampled", self.sampled))
-        return [{"kind": kind, **asdict(a)} for kind, found in kinds for answers in found for a in answers]
+        return [
+            {
+                "kind": kind,
+                **asdict(answer),
+                "scores": {name: score.value for name, score in answer.scores.items()},
+                "explanations": explanations(answer.scores),
+            }
+            for kind, found in kinds
+            for answers in found
+            for answer in answers
+        ]
 
 
 def rightness_function(entries: Sequence[RewardEntry], wanted: str | None) -> str | None:
@@ -147,7 +157,7 @@ class Evaluator:
             text=self.decode(completion.token_ids),
             tokens=len(completion.token_ids),
             truncated=completion.truncated,
-            scores={name: values[row] for name, values in scored.by_function.items()},
+            scores={name: values[row] for name, values in scored.scores.items()},
             right=None if verdict.value is None else verdict.value >= 1.0,
             extracted=verdict.extracted,
         )

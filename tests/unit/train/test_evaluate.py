@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rewards.scorer import RewardScorer
 from rl.config import EvalSection
 from rl.train.evaluate import Evaluation, Evaluator, rightness_function
 from rl.train.experience import TextOf
+from rl.train.record import to_json
 from rl.types import Problem, SamplingParams
 from tests.unit.train.spoken import TOKENIZER, Spoken, answered
 
@@ -67,6 +69,14 @@ def test_accuracy_pass_and_majority() -> None:
     assert metrics["eval/accuracy_low"] < 0.75 < metrics["eval/accuracy_high"]
     table = found.table()
     assert len(table) == 20 and table[0]["kind"] == "greedy" and table[0]["extracted"] == "0"
+
+
+def test_every_decision_says_why() -> None:
+    row = evaluation(spoken("1"), "2").table()[0]
+    assert row["scores"] == {"format": 1.0, "accuracy": 0.0} and row["right"] is False
+    said = row["explanations"]["accuracy"]
+    assert (said["extracted"], said["gold"], said["rule"]) == ("1", "2", "different") and said["reason"]
+    assert json.loads(json.dumps(to_json(row))) == row
 
 
 def test_rows_without_a_value_count_neither_as_right_nor_as_wrong() -> None:

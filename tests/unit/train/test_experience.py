@@ -113,6 +113,19 @@ def test_a_task_column_says_which_functions_apply() -> None:
     assert collected(functions, task_column="task").rewards.tolist() == RIGHT
 
 
+def test_every_decision_says_why(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def plain(completions):\n    return [1.0] * len(completions)\n")
+    table = collected([*MIXTURE, f"{tmp_path}/own.py:plain"]).table()
+    right, wrong, bare = (row["explanations"]["accuracy"] for row in table[:3])
+    assert right == {
+        "extracted": "0.5", "gold": "1/2", "rule": "number", "reason": "equals the reference (answer block)",
+    }  # fmt: skip
+    assert (wrong["extracted"], wrong["gold"], wrong["rule"]) == ("2", "1/2", "different")
+    assert bare["extracted"] is None and bare["gold"] == "1/2" and bare["rule"] == "no answer" and bare["reason"]
+    assert table[0]["explanations"]["word"]["reason"] == "does not apply"
+    assert table[0]["rewards/plain"] == 1.0 and "plain" not in table[0]["explanations"]
+
+
 COUNTING = """
 import threading
 calls = threading.local()
