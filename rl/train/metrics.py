@@ -269,7 +269,8 @@ class WandbTracker:
         """End wandb's service process: after a failed start it still holds the run id."""
         import wandb
 
-        wandb.teardown()
+        with suppress(SystemExit):  # it ends the program with the code of a service that was killed
+            wandb.teardown()
 
     def _log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
@@ -289,12 +290,11 @@ class WandbTracker:
             if not isinstance(error, ImportError) and not _raised_in_wandb(error):
                 raise
             self._run = None
-            if isinstance(error, ConnectionError):  # its service died: forget it, or its exit hook fails too
-                with suppress(OSError):
-                    self._stop_service()
             write_line(
                 f"[aha] wandb could not {what}: {type(error).__name__}: {error}; the record in the run folder goes on"
             )
+            if isinstance(error, ConnectionError) and what != "stop":
+                self._guard(self._stop_service, "stop")  # its service died: forget it, or its exit hook fails too
 
 
 def offline_reason() -> str | None:

@@ -252,3 +252,23 @@ def test_our_own_bugs_pass_through_and_those_of_wandb_do_not(tmp_path: Path) -> 
     tracker._guard(lambda: tracker._run.log("not a dict"), "log")  # wandb's own TypeError or the like
     assert tracker._run is None
     tracker.close()
+
+
+@pytest.mark.parametrize("raised", ["RuntimeError('gone')", "AssertionError('Already torn down.')", "SystemExit(-9)"])
+def test_a_service_that_cannot_even_be_ended_does_not_end_the_run(
+    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = WandbTracker(tmp_path, project="p", name="n", config={}, new=True)
+    run = tracker._run
+    inside: dict[str, Any] = {"__name__": "wandb.sdk.somewhere"}  # errors count as wandb's by where they are raised
+    exec(f"def teardown(): raise {raised}\ndef log(): raise ConnectionResetError('the service died')", inside)
+    with monkeypatch.context() as patched:
+        patched.setattr("wandb.teardown", inside["teardown"])
+        tracker._guard(inside["log"], "log")
+    assert tracker._run is None
+    printed = capsys.readouterr().out
+    assert printed.count("wandb could not log: ConnectionResetError") == 1
+    assert printed.count("wandb could not stop: ") == ("SystemExit" not in raised)
+    tracker.log(1, {"reward": 1.0})
+    tracker.close()
+    run.finish()
