@@ -62,10 +62,12 @@ class GRPOTrainer:
         train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
+        self.dropped = {"overlong_train_prompts": train.overlong}
         rollout = recipe.rollout
         self.order = ProblemOrder(len(train), recipe.seed, rollout.prompts_per_step, shuffle=recipe.data.shuffle)
         self.evaluator = None
         if held_out is not None:
+            self.dropped["overlong_eval_prompts"] = held_out.overlong
             problems = [held_out[i] for i in range(min(len(held_out), recipe.eval.num_problems or len(held_out)))]
             self.evaluator = Evaluator(
                 recipe.eval,
@@ -134,7 +136,9 @@ class GRPOTrainer:
         if self.recipe.checkpoint.save_final_policy:
             save_final_policy(self.learner, folder / POLICY_FOLDER, self.session.tokenizer)
         if is_main_process():
-            summary = write_run_report(folder, self.recipe, first=first, last=last, train_seconds=seconds)
+            summary = write_run_report(
+                folder, self.recipe, first=first, last=last, train_seconds=seconds, dropped=self.dropped
+            )
             print(closing_text(summary, folder), flush=True)
         self.scorer.close()
 
@@ -167,6 +171,8 @@ class GRPOTrainer:
         epoch = self.order.epoch(step + 1)
         seconds = stage_seconds(clock.seconds, time.monotonic() - began)
         metrics = step_metrics(experience, result, seconds, epoch=epoch, metric=self.metric)
+        if step == 0:
+            metrics |= {f"data/{name}": float(count) for name, count in self.dropped.items()}
         return metrics, experience
 
     def _replays_routes(self, experience: Experience) -> bool:

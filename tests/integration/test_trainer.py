@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rl.config import load_recipe
 from rl.train.record import read_rows
+from rl.train.sft import ColdStart
 from rl.train.trainer import GRPOTrainer
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -72,3 +75,32 @@ def test_accuracy_is_that_of_the_function_that_the_recipe_names(tmp_path: Path) 
     trainer(tmp_path / "none", "--rewards.reward_funcs=[tag_count, format]", steps=1).train()
     rows = read_rows(tmp_path / "none" / "metrics.jsonl")
     assert len(rows) == 2 and not any("accuracy" in name for row in rows for name in row)
+
+
+def test_prompts_that_were_dropped_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("a1b+0=", "a0b+1=", "a1b+0c+0=", "a2b-1=", "a1b*1=")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "a3b-2=", "answer": "1"}) + "\n")
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps({**row, "completion": "11"}) + "\n" for row in rows))
+    recipe = yaml.safe_load(TINY.read_text())
+    recipe["data"] |= {
+        "train": {"source": str(tmp_path / "train.jsonl")},
+        "eval": {"source": str(tmp_path / "eval.jsonl")},
+        "max_prompt_length": 6,
+    }
+    recipe["sft"] = {
+        "data": {"source": str(tmp_path / "traces.jsonl")},
+        "steps": 3, "batch_size": 2, "max_length": 9, "logging_steps": 2,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    loaded = load_recipe(tmp_path / "recipe.yaml", [f"--output_dir={tmp_path / 'run'}", "--grpo.steps=2", *SHORT])
+    ColdStart(loaded).train()
+    GRPOTrainer(loaded).train()
+    counts = {"overlong_train_prompts": 1, "overlong_eval_prompts": 0, "overlong_sft_rows": 1}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {name: summary.get(name) for name in counts} == counts
+    first, second = steps_in(tmp_path / "run")
+    assert first["data/overlong_train_prompts"] == 1.0 and first["data/overlong_eval_prompts"] == 0.0
+    assert "data/overlong_train_prompts" not in second
+    cold = read_rows(tmp_path / "run" / "cold_start" / "metrics.jsonl")
+    assert [row.get("data/overlong_sft_rows") for row in cold] == [1.0, None]
