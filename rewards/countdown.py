@@ -198,7 +198,7 @@ def _checked_value(expression: str, target: Fraction) -> tuple[Fraction, list[in
             break
     expression = _TIMES_LETTER.sub("*", expression)
     left, sign, right = expression.partition("=")
-    if left.strip() == str(target):
+    if sign and left.strip() == str(target):
         left, right = right, left  # `24 = 3 * 5 + 7 + 2`
     if sign and right.strip() != str(target):
         raise CountdownError("another value behind the equals sign than the target")

@@ -75,8 +75,12 @@ _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
 _TIMES_LETTER = re.compile(r"(?<=\d )x (?=\d)")
 _UNION_LETTER = re.compile(r"(?<=[)\]]) ?U ?(?=[(\[])")
 _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
-_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
+BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
+# `4*I`, as sympy prints the imaginary unit; the rows of aligned equations; a blank whose command lost its blank.
+_SYMPY_I = re.compile(r"(?<=\*)(\s*)I(?![A-Za-z0-9_])")
+_ALIGNED = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split)\}(.{0,1000}?)\\end\s*\{\1\}", re.DOTALL)
+_LONE_BACKSLASH = re.compile(r"(?<!\\)\\\s*\Z")
 _EDGE_PAIRS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"), ("*", "*"), ("_", "_"))
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).
 _DOUBLED = re.compile(
@@ -114,6 +118,12 @@ def _rename(match: re.Match[str]) -> str:
     return new if new in _ESCAPED_SYMBOLS else "\\" + new
 
 
+def _equations(match: re.Match[str]) -> str:
+    """The rows of aligned equations as a list."""
+    rows = match.group(2).replace("&", " ").split("\\\\")
+    return ", ".join(row.strip().rstrip(",") for row in rows if row.strip())
+
+
 def strip_math_delimiters(text: str) -> str:
     """`text` without dollar signs that open or close math, and without \\( \\) \\[ \\]; escaped dollars stay."""
     return _MATH_DELIMITERS.sub(" ", text)
@@ -140,13 +150,14 @@ def clean_math(text: str) -> str:
     >>> clean_math(r"$\\left( \\dfrac{1}{2},\\, 1{,}000 \\right)$")
     '( \\\\frac{1}{2}, 1000 )'
     """
-    text = check_visible(text).translate(_SIGNS)
+    text = _LONE_BACKSLASH.sub("", check_visible(text).translate(_SIGNS))
+    text = _SYMPY_I.sub(r"\1i", _ALIGNED.sub(_equations, text))
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
     text = text.replace("\\\\%", "\\%").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
     text = _THOUSANDS_LATEX.sub("", _DOUBLED.sub(r"\\", text))
     text = _CLOCK.sub(lambda match: f" {(match.group(1) or match.group(2)).lower()}m", text)
-    text = strip_math_delimiters(_CURRENCY.sub(" ", _BOLD.sub(r"\1", text)))
+    text = strip_math_delimiters(_CURRENCY.sub(" ", BOLD.sub(r"\1", text)))
     text = _WRAPPERS.sub("", text)
     text = _SPACING.sub(" ", text.replace("\\!", ""))
     text = _COMMAND.sub(_rename, _LAYOUT.sub(" ", _SIZED.sub("", text)))

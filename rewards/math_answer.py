@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from rewards.answer_text import Match
 from rewards.base import Completion, Score, completion_text
-from rewards.extract import Extraction, free_answer
+from rewards.extract import free_answer
 from rewards.latex_text import HostileText, plain_words
 from rewards.math_compare import compare_texts
+from rewards.phrases import Extraction
 from rewards.pool import Outcome
 from rewards.strict_answer import block_answer
 from rewards.symbolic import verify_pairs, worth_trying

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rewards.base import Completion, Score, completion_text
-from rewards.extract import Extraction, after_thinking, find_boxes, free_answer, numbers_in
+from rewards.extract import after_thinking, find_boxes, free_answer
 from rewards.latex_text import HostileText, check_visible
 from rewards.math_compare import compare_texts
+from rewards.phrases import Extraction, numbers_in
 from rewards.strict_answer import HEDGE, WITHDRAWN, block_answer, gaps_between, without_working
 from rewards.tag_format import answer_block
 
@@ -30,13 +31,18 @@ _CHOICE_WORDS = re.compile(
     r"(?:\b(?:option|choice|answer|letter)s?|答案|选项|选)[\s:：是为(*]*(?:\bis\b[\s:(*]*)?\Z", re.IGNORECASE
 )
 _MARKER = re.compile(
-    r"\b(?:answer|option|choice)\b[^.\n]{0,80}?(?:\bis\b|:|\bwould be\b)\s*:?"
+    r"\b(?:answer|option|choice)\b[^.\n]{0,80}?(?:\bis\b|:|\b(?:would|should|must|will) be\b)\s*:?"
     r"|\b(?:choose|select|pick|go with)\b|答案\s*(?:是|为|：|:)|\br[ée]ponse\s+(?:est|:)",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
     r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept"
     r"|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
+    re.IGNORECASE,
+)
+_CHOSEN = re.compile(
+    r"\b(?:option|choice|answer|statement)\s*[(\[]?([A-J])[)\]]?\s+(?:is|must be|has to be)\s+(?:therefore\s+)?"
+    r"(?:the\s+)?(?:only\s+)?(?:right|correct|best|true)\b(?!\s+(?:if|only|when))",
     re.IGNORECASE,
 )
 _REJECTED = re.compile(
@@ -55,6 +61,7 @@ _REJECTED_LETTER = re.compile(
 )
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
+_NO_LETTER = "no option named"
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 
@@ -100,10 +107,14 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
     boxes = find_boxes(text)
     if boxes and (letter := _letter_of(boxes[-1].content, options)):
         return Extraction(letter, "boxed")
-    text = _without_marks(text)
-    if letter := _letter_of(text, options):
+    plain = _without_marks(text)
+    if letter := _letter_of(plain, options):
         return Extraction(letter, "whole text")
-    return _free_choice(text, options)
+    found = _free_choice(plain, options)
+    if found.answer is None and found.how == _NO_LETTER and (answer := free_answer(text).answer):
+        matching = _matching_options(answer, options)
+        return Extraction(matching[0], "option text") if len(matching) == 1 else found
+    return found
 
 
 def _without_marks(text: str) -> str:
@@ -194,7 +205,7 @@ def _strict_choice(text: str, options: Options) -> Extraction:
     if not letters:
         answer = block_answer(text).answer
         matching = _matching_options(answer, options) if answer else []
-        return Extraction(matching[0], "option text") if len(matching) == 1 else Extraction(None, "no option named")
+        return Extraction(matching[0], "option text") if len(matching) == 1 else Extraction(None, _NO_LETTER)
     if len(letters) > 1 or _NO_OPTION.search(text):
         return Extraction(None, "several options")
     fault = _fault(text, letters[0], options)
@@ -233,6 +244,9 @@ def _free_choice(text: str, options: Options) -> Extraction:
         matching = _matching_options(answer, options) if answer else []
         if len(matching) == 1:
             return Extraction(matching[0], "option text")
+    chosen = list(_CHOSEN.finditer(tail))
+    if chosen and chosen[-1].group(1).upper() in options.letters:
+        return Extraction(chosen[-1].group(1).upper(), "marked")
     sentences = [piece for piece in re.split(r"(?<=[.!?])\s+|\n+", tail) if piece.strip()]
     last = sentences[-1] if sentences else ""
     if _NO_OPTION.search(last):
@@ -245,7 +259,7 @@ def _free_choice(text: str, options: Options) -> Extraction:
     opening = _mentions(tail[:200], options)[:1]
     if opening and len(text) == len(tail) and tail.lstrip("([").startswith(opening[0]) and not _NO_OPTION.search(tail):
         return Extraction(opening[0], "first word")
-    return Extraction(None, "no option named")
+    return Extraction(None, _NO_LETTER)
 
 
 def score_choice(gold: object, extraction: Extraction, options: Options) -> Score:

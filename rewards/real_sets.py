@@ -101,11 +101,26 @@ def _relation_pieces(node: Node) -> RealSet | None:
     (name,) = names
     result = _everything()
     for sign, left, right in zip(signs, node.args, node.args[1:], strict=False):
-        solved = _solve_linear(left, sign, right, name)
+        solved = _solve(left, sign, right, name)
         if solved is None:
             return None
         result = _intersection(result, solved)
     return result
+
+
+def _solve(left: Node, sign: str, right: Node, name: str) -> RealSet | None:
+    """The solutions of `left sign right`: linear in the variable, or an absolute value against a number."""
+    if right.kind == "abs" and left.kind != "abs":
+        left, sign, right = right, _FLIPPED.get(sign, sign), left
+    if left.kind != "abs" or free_symbols(right):
+        return _solve_linear(left, sign, right, name)
+    if _real(right) < 0 and sign in ("=", "!="):
+        return [] if sign == "=" else _everything()
+    above = _solve_linear(left.args[0], sign, right, name)
+    below = _solve_linear(left.args[0], _FLIPPED.get(sign, sign), Node("neg", (right,)), name)
+    if above is None or below is None:
+        return None
+    return _intersection(above, below) if sign in ("<", "<=", "!=") else above + below
 
 
 def _solve_linear(left: Node, sign: str, right: Node, name: str) -> RealSet | None:

@@ -53,14 +53,15 @@ class ScoredBatch:
     rewards: weighted sum over the functions that gave a value; None when none did, or when one of them failed on this
     row (a sum without one of its parts is not comparable with the rest of its group). by_function: the unweighted
     values. scores: the same with reasons. statuses: ok, none (does not apply), timeout or error. latencies: seconds of
-    the call that scored the row (of the row alone where a worker process scored it).
+    the call that scored the row (of the row alone where a worker process scored it), None where the recipe leaves the
+    row out. counters: what functions counted by themselves, of the whole batch.
     """
 
     rewards: list[float | None]
     by_function: dict[str, list[float | None]]
     scores: dict[str, list[Score]]
     statuses: dict[str, list[RowStatus]] = field(default_factory=dict)
-    latencies: dict[str, list[float]] = field(default_factory=dict)
+    latencies: dict[str, list[float | None]] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
 
     def explanations(self, row: int) -> dict[str, dict[str, str | None]]:
@@ -83,7 +84,8 @@ class ScoredBatch:
             for status in ("timeout", "error", "none"):
                 count = sum(1 for other in self.statuses[name] if other == status)
                 metrics[f"rewards/{name}/{status}_frac"] = count / max(1, len(values))
-            metrics[f"rewards/{name}/latency_p95_s"] = _percentile_95(self.latencies[name])
+            measured = [seconds for seconds in self.latencies[name] if seconds is not None]
+            metrics[f"rewards/{name}/latency_p95_s"] = _percentile_95(measured)
         return metrics | self.counters
 
 
@@ -268,7 +270,7 @@ class RewardScorer:
             scores={name: [verdict.score for verdict in column] for name, column in verdicts.items()},
             statuses={name: [verdict.status for verdict in column] for name, column in verdicts.items()},
             latencies={
-                name: [verdict.seconds for verdict in column if verdict is not _DOES_NOT_APPLY]
+                name: [None if verdict is _DOES_NOT_APPLY else verdict.seconds for verdict in column]
                 for name, column in verdicts.items()
             },
             counters={

@@ -12,23 +12,13 @@ from __future__ import annotations
 
 import re
 
-from rewards.extract import (
-    MARKER,
-    MAX_ANSWER_CHARS,
-    Extraction,
-    Span,
-    behind_connective,
-    find_boxes,
-    formulas,
-    is_direct,
-    marked_text,
-    numbers_in,
-)
-from rewards.latex_text import strip_edges
+from rewards.extract import MARKER, find_boxes, marked_text
+from rewards.latex_text import BOLD, strip_edges
 from rewards.math_eval import exact_value
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError
 from rewards.number_words import NUMBER_WORDS, number_from_words
+from rewards.phrases import MAX_ANSWER_CHARS, Extraction, Span, behind_connective, formulas, is_direct, numbers_in
 
 _HEADING = re.compile(r"\A#{1,6}\s+(?=\S)")
 # Text that is shown as withdrawn, or not shown at all.
@@ -45,12 +35,22 @@ HEDGE = re.compile(
 _JOINING_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 # Words and signs beside a number that make it another value or no single value.
 _BOUND = re.compile(
-    r"(?:\b(?:(?:at|the) (?:least|most)|(?:more|less|fewer|greater|smaller|larger|other|different) than|up to|over|"
+    r"(?:\b(?:(?:negative|opposite|inverse|reciprocal|square|cube|root|double|multiple|factor|power|digits?|sum) of|"
+    r"(?:at|the) (?:least|most)|(?:more|less|fewer|greater|smaller|larger|other|different) than|up to|over|"
     r"under|above|below|beyond|between|double|twice|thrice|triple|half of|minus|negative|no|non|all but|anything but)\b"
     r"|[<>≤≥≠~¬]|(?<!\\)!)"
     r"[\s$-]*(?:\\\$)?\d"
     r"|\d\W{0,3}\b(?:at (?:least|most)|max|min|maximum|minimum|squared|cubed|and (?:a|one|two|three)|and up)\b"
     r"|\?\W*\Z|\.\.|…|\\[lc]?dots|[-+*/^=<>]\s*\Z"
+)
+# `Each of the 3 friends pays $14`: numbers that count something, one verb, the answer.
+_VERB = re.compile(
+    r"\b(?:is|are|was|were|equals|(?:will |would )?(?:be|need|pay|have|get|take|cost|make|earn)|needs|pays|has|gets|"
+    r"takes|costs|makes|earns|weighs|spends|saves|receives|owes|holds|contains|gives)\b\s+|(?<![<>!~≈=])=(?![<>=])"
+)
+_SUBJECT = re.compile(r"[^\W\d_]{2}[\s)]*\Z")
+_COUNTED = re.compile(
+    r"(?<![\d.,/:^=+*-])(?<!\$)\d[\d,]*(?:\.\d+)?(?= [a-z]{2})(?! (?:is|are|and|or|to|by|plus|minus|times)\b)"
 )
 _NEGATIVE = re.compile(r"\A(?:minus|negative)\s+(?=[\d$])", re.IGNORECASE)
 _PROSE = re.compile(r"[^\W\d_]*(?:[\s,.'’$%:;!?-]+[^\W\d_]*)*")
@@ -58,8 +58,8 @@ _CALCULATION = re.compile(r"[\d\s.,+\-*/×÷()$%]+(?==|\Z)")
 _WORKING = re.compile(r"(\$?[\d(][\d\s.,+\-*/×÷()$%]*)=\s*(?=(\$?\d[\d,]*(?:\.\d+)?))")
 _ONLY_NUMBERS = re.compile(r"(?=\D*\d)[\s\d.,;:/()$\\-]+")
 _PART_BEFORE = re.compile(
-    r"(?:(?<![A-Za-z]{2})(?<![A-Za-z]{2} )[-–−]|[+*/^_<>≠≤≥|!×·]|\d|\\(?:sqrt|frac|sin|cos|tan|ln|log|neq?|leq?|geq?|"
-    r"lt|gt|not|times|cdot|div|pm|mp)(?![a-zA-Z]))[\s{($]*\Z"
+    r"(?:(?<![A-Za-z]{2})(?<![A-Za-z]{2} )[-–−]|[+*/^_<>≠≤≥|!×·]|\\(?:sqrt|frac|sin|cos|tan|ln|log|neq?|leq?|geq?|"
+    r"lt|gt|not|times|cdot|div|pm|mp)(?![a-zA-Z]))[\s{($]*\Z|\d(?:[ \t{($]|\n(?!\s*\n))*\Z"
 )
 _PART_BEHIND = re.compile(
     r"[\s})$]*(?:\^(?!\{?\\circ|\{?°)|[_!+*/<>|×·\d]|-\s*[\d\\]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|lt|gt|sqrt|pi|frac)"
@@ -187,7 +187,7 @@ def _whole(content: str) -> Extraction:
 def _phrase(phrase: str) -> str | None:
     """The answer in a short phrase: the phrase itself, a spelled number, what stands behind `is`, or its only
     number."""
-    phrase = _NEGATIVE.sub("-", strip_edges(phrase).strip("* "))
+    phrase = _NEGATIVE.sub("-", strip_edges(BOLD.sub(r"\1", phrase)).strip("* "))
     if not phrase or is_direct(phrase):
         return phrase or None
     spelled = _spelled(phrase)
@@ -206,10 +206,25 @@ def _phrase(phrase: str) -> str | None:
     right = behind_connective(phrase)
     if right is not None and not numbers_in(_CALCULATION.sub(" ", phrase[: phrase.rindex(right)]), right):
         return right
+    stated = _behind_the_verb(phrase)
+    if stated is not None:
+        return stated
     numbers = numbers_in(phrase)
     if len(numbers) == 1:
         return numbers[0] if _PROSE.fullmatch(phrase.replace(numbers[0], "")) and _agrees(phrase, numbers[0]) else None
     return None if numbers else ", ".join(dict.fromkeys(span.content for span in segments))
+
+
+def _behind_the_verb(phrase: str) -> str | None:
+    """The value behind the only verb of a sentence whose other numbers count something (`After 5 years, Tom will be 37
+    years old`)."""
+    verbs = list(_VERB.finditer(phrase))
+    if len(verbs) != 1 or not _SUBJECT.search(phrase[: verbs[0].start()]):
+        return None
+    subject, value = phrase[: verbs[0].start()], strip_edges(phrase[verbs[0].end() :])
+    if numbers_in(_COUNTED.sub(" ", subject)) or formulas(phrase) or not numbers_in(value) or not is_direct(value):
+        return None
+    return value
 
 
 def _spelled(phrase: str) -> str | None:

@@ -1,7 +1,7 @@
 """Try reward functions out on hostile texts and on rows of the dataset, before paying for GPUs.
 
-    python scripts/lint_rewards.py recipes/quickstart.yaml                        # its reward_funcs, on its data.train
-    python scripts/lint_rewards.py accuracy --data rows.jsonl                     # one function by name
+    python scripts/lint_rewards.py recipes/gsm8k/tiny_cpu.yaml            # its reward_funcs, on rows of its data.train
+    python scripts/lint_rewards.py accuracy --data rows.jsonl             # one function by name
     python scripts/lint_rewards.py my_rewards.py:brevity --params '{"limit": 80}'
 
 Prints a table per function. Exit code 0: nothing found; 1: problems; 2: the recipe, function or data cannot be read.

@@ -80,7 +80,7 @@ class Recipe(Section):
             yield Contradiction("name", "names a folder: no slash, not . or ..")
         if self.data.eval is None:
             for key in type(self.eval).model_fields:
-                if self.eval.changed(key):
+                if key != "metric" and self.eval.changed(key):  # which also names the accuracy of training
                     yield Contradiction(f"eval.{key}", "has no effect without data.eval (held-out problems)")
         longest = self.data.max_prompt_length + self.rollout.max_completion_length
         if self.optimizer.micro_batch_tokens < longest:

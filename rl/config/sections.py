@@ -233,7 +233,7 @@ class RewardsSection(Section):
 
 
 class LoggingSection(Section):
-    """What is shown and recorded (metrics.jsonl in the run folder is always written)."""
+    """What is shown and recorded (metrics.jsonl in the run folder gets every GRPO step, whatever is shown)."""
 
     report_to: tuple[Literal["wandb"], ...] = ()
     """Trackers beside our own files."""
@@ -242,7 +242,7 @@ class LoggingSection(Section):
     run_name: Text | None = None
     """Name in the tracker; left out: the recipe's name."""
     logging_steps: Positive = 1
-    """Steps between lines on the screen and records in the tracker."""
+    """Steps between lines on the screen, records in the tracker and logged completions."""
     log_completions: Flag = True
     """Write completions with their scores to the run folder and the tracker."""
     print_samples_every: Natural = 10
@@ -285,8 +285,8 @@ class EvalSection(Section):
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
     metric: Text | None = None
-    """Reward function whose score of 1 means that an answer is right; left out: accuracy, or what else compares with
-    it."""
+    """Reward function whose score of 1 means that an answer is right, in training and held out; left out: accuracy,
+    exact_match, multiple_choice, countdown or code, the first in use; with none of them no accuracy is measured."""
     max_completion_length: Positive | None = None
     """Tokens of an answer; left out: rollout.max_completion_length."""
 

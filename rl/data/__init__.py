@@ -1,9 +1,9 @@
 """From dataset rows to problems with tokens, and in which order they are trained on.
 
-tokenizer = load_tokenizer(recipe.model)
-train, held_out = load_train_and_eval(recipe.data, tokenizer, seed=recipe.seed)
-order = ProblemOrder(len(train), recipe.seed, recipe.rollout.prompts_per_step)
-problems = [train[i] for i in order.indices(step)]
+    tokenizer = load_tokenizer(recipe.model)
+    train, held_out = load_train_and_eval(recipe.data, tokenizer, seed=recipe.seed)
+    order = ProblemOrder(len(train), recipe.seed, recipe.rollout.prompts_per_step)
+    problems = [train[i] for i in order.indices(step)]
 """
 
 from rl.data.order import ProblemOrder

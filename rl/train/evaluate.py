@@ -1,5 +1,11 @@
 """Held-out problems -> accuracy (greedy), pass@k and maj@k, with confidence intervals and the answers themselves.
 
+Whether an answer is right is what one reward function says, the metric function. Answers that it has no value for (it
+does not apply, or failed) count neither as right nor as wrong: `eval/none_frac` is their share, and every other number
+is over the rest (of a problem's samples; a problem with fewer than k of them takes no part in pass@k). maj@k is one
+vote of all samples of a problem, k = num_samples; it needs answers to compare, so it is left out when the metric
+function extracts none. Without a metric function only lengths are measured.
+
 Problem i is answered by rank i % world_size. Draws are seeded by the problem alone, not by the step: two evaluations of
 a run differ only by the weights (common random numbers), which makes small gains visible.
 """
@@ -10,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rewards.scorer import RewardScorer, merge_batches
+from rewards.base import Score
+from rewards.registry import resolve_name
+from rewards.reward_entry import RewardEntry
+from rewards.scorer import RewardScorer, ScoredBatch, merge_batches
 from rl.config import EvalSection
 from rl.distributed import derive_seed, gather_objects, rank, world_size
-from rl.train.evaluation_stats import majority_accuracy, pass_at_k_interval, wilson_interval
-from rl.train.experience import TextOf, sample_and_submit
-from rl.types import Problem, RolloutEngine, RolloutRequest, SamplingParams
+from rl.train.evaluation_stats import Estimate, majority_accuracy, pass_at_k_interval, wilson_interval
+from rl.train.experience import TextOf, explanations, sample_and_submit
+from rl.types import Completion, Problem, RolloutEngine, RolloutRequest, SamplingParams
 
 # Reward functions that say whether an answer is right, in order of preference, for recipes that do not name one.
 RIGHTNESS = ("accuracy", "exact_match", "multiple_choice", "countdown", "code")
@@ -23,16 +32,16 @@ RIGHTNESS = ("accuracy", "exact_match", "multiple_choice", "countdown", "code")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion of a held-out problem. right: the metric function gave 1 or more. extracted: the answer it
-    read."""
+    """One completion of a held-out problem. scores: what each reward function says. right: the metric function gave 1
+    or more; None when it gave no value. extracted: the answer it read."""
 
     problem_id: str
     prompt: str
     text: str
     tokens: int
     truncated: bool
-    scores: dict[str, float | None]
-    right: bool
+    scores: dict[str, Score]
+    right: bool | None
     extracted: str | None
 
 
@@ -45,29 +54,43 @@ class Evaluation:
     sampled: list[list[Answer]]
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict an answer, for the samples file."""
+        """One dict an answer, for the samples file: what was asked, answered, scored, and why."""
         kinds = (("greedy", self.greedy), ("sampled", self.sampled))
-        return [{"kind": kind, **asdict(a)} for kind, found in kinds for answers in found for a in answers]
+        return [
+            {
+                "kind": kind,
+                **asdict(answer),
+                "scores": {name: score.value for name, score in answer.scores.items()},
+                "explanations": explanations(answer.scores),
+            }
+            for kind, found in kinds
+            for answers in found
+            for answer in answers
+        ]
 
 
-def rightness_function(names: Sequence[str], wanted: str | None) -> str:
-    """Which of the recipe's reward functions decides whether an answer is right. ValueError if `wanted` is none of
-    them."""
-    if wanted is not None:
-        if wanted not in names:
-            raise ValueError(f"eval.metric = {wanted!r}: not among rewards.reward_funcs; allowed: {', '.join(names)}")
-        return wanted
-    return next((name for name in RIGHTNESS if name in names), names[-1])
+def rightness_function(entries: Sequence[RewardEntry], wanted: str | None) -> str | None:
+    """The name of the reward function that decides whether an answer is right: `wanted`, else the first of `RIGHTNESS`
+    that the recipe uses, under whatever name; None when it uses none of them.
+
+    ValueError if `wanted` is not the name of one of `entries`."""
+    names = [entry.name for entry in entries]
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"eval.metric = {wanted!r}: not among rewards.reward_funcs; allowed: {', '.join(names)}")
+    known = (entry.name for right in RIGHTNESS for entry in entries if entry.path == resolve_name(right))
+    return wanted or next(known, None)
 
 
 class Evaluator:
-    """Evaluates the policy behind `engine` on `problems`; the same on every rank."""
+    """Evaluates the policy behind `engine` on `problems`; the same on every rank. metric: the reward function whose 1
+    means a right answer (`rightness_function`)."""
 
     def __init__(
         self,
         section: EvalSection,
         problems: Sequence[Problem],
         *,
+        metric: str | None,
         engine: RolloutEngine,
         scorer: RewardScorer,
         decode: TextOf,
@@ -76,27 +99,30 @@ class Evaluator:
     ) -> None:
         self.section = section
         self.problems = list(problems)
+        self.metric = metric
         self.engine = engine
         self.scorer = scorer
         self.decode = decode
         self.seed = seed
         length = section.max_completion_length or params.max_completion_length
         self.params = replace(params, max_completion_length=length)
-        self.metric = rightness_function(scorer.names, section.metric)
 
     def run(self) -> Evaluation:
         """Answer every problem. Under ZeRO-3 call inside `learner.gathered()`."""
         section = self.section
         greedy: list[list[Answer]] = []
         sampled: list[list[Answer]] = []
+        counted: dict[str, float] = {}
         if section.greedy:
-            greedy = self._answers(1, replace(self.params, temperature=0.0))
+            greedy = self._answers(1, replace(self.params, temperature=0.0), counted)
         if section.num_samples:
             cut = replace(self.params, temperature=section.temperature, top_p=section.top_p, top_k=section.top_k)
-            sampled = self._answers(section.num_samples, cut)
-        return Evaluation(self._metrics(greedy, sampled), greedy, sampled)
+            sampled = self._answers(section.num_samples, cut, counted)
+        metrics = self._metrics(greedy, sampled) | {f"eval/{name}": amount for name, amount in counted.items()}
+        return Evaluation(metrics, greedy, sampled)
 
-    def _answers(self, per_problem: int, params: SamplingParams) -> list[list[Answer]]:
+    def _answers(self, per_problem: int, params: SamplingParams, counted: dict[str, float]) -> list[list[Answer]]:
+        """counted: what reward functions count by themselves (cost of a judge) is added to it."""
         mine = list(range(rank(), len(self.problems), world_size()))
         requests = [
             RolloutRequest(
@@ -114,42 +140,72 @@ class Evaluator:
         for i, group in zip(mine, groups, strict=True):
             answers.append((i, []))
             for completion in group.completions:
-                verdict = scored.scores[self.metric][row]
-                answers[-1][1].append(
-                    Answer(
-                        problem_id=group.problem.id,
-                        prompt=group.problem.prompt,
-                        text=self.decode(completion.token_ids),
-                        tokens=len(completion.token_ids),
-                        truncated=completion.truncated,
-                        scores={name: values[row] for name, values in scored.by_function.items()},
-                        right=verdict.value is not None and verdict.value >= 1.0,
-                        extracted=verdict.extracted,
-                    )
-                )
+                answers[-1][1].append(self._answer(group.problem, completion, scored, row))
                 row += 1
-        everyone = [pair for part in gather_objects(answers) for pair in part]
+        parts = gather_objects((answers, scored.counters))
+        for _, counters in parts:
+            for name, amount in counters.items():
+                counted[name] = counted.get(name, 0.0) + amount
+        everyone = [pair for part, _ in parts for pair in part]
         return [found for _, found in sorted(everyone, key=lambda pair: pair[0])]
+
+    def _answer(self, problem: Problem, completion: Completion, scored: ScoredBatch, row: int) -> Answer:
+        verdict = Score(None) if self.metric is None else scored.scores[self.metric][row]
+        return Answer(
+            problem_id=problem.id,
+            prompt=problem.prompt,
+            text=self.decode(completion.token_ids),
+            tokens=len(completion.token_ids),
+            truncated=completion.truncated,
+            scores={name: values[row] for name, values in scored.scores.items()},
+            right=None if verdict.value is None else verdict.value >= 1.0,
+            extracted=verdict.extracted,
+        )
 
     def _metrics(self, greedy: list[list[Answer]], sampled: list[list[Answer]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if greedy:
-            right = sum(found[0].right for found in greedy)
-            low, high = wilson_interval(right, len(greedy))
-            metrics |= {"eval/accuracy": right / len(greedy), "eval/accuracy_low": low, "eval/accuracy_high": high}
-            metrics |= _lengths("eval/greedy", greedy)
-        if sampled:
-            counts = [sum(a.right for a in found) for found in sampled]
-            n = self.section.num_samples
-            metrics["eval/sampled_accuracy"] = sum(counts) / (n * len(counts))
-            for k in _powers(n):
-                value, low, high = pass_at_k_interval(counts, n, k, seed=self.seed)
-                metrics |= {f"eval/pass@{k}": value, f"eval/pass@{k}_low": low, f"eval/pass@{k}_high": high}
-            votes = [[(a.extracted, a.right) for a in found] for found in sampled]
-            value, low, high = majority_accuracy(votes, seed=self.seed)
-            metrics |= {f"eval/maj@{n}": value, f"eval/maj@{n}_low": low, f"eval/maj@{n}_high": high}
-            metrics |= _lengths("eval/sampled", sampled)
+        if self.metric is not None:
+            verdicts = [answer.right for found in (*greedy, *sampled) for answer in found]
+            metrics["eval/none_frac"] = verdicts.count(None) / len(verdicts)
+            metrics |= _greedy_metrics(_judged(greedy))
+            metrics |= _sampled_metrics(_judged(sampled), self.section.num_samples, seed=self.seed)
+        for prefix, answers in (("eval/greedy", greedy), ("eval/sampled", sampled)):
+            if answers:
+                metrics |= _lengths(prefix, answers)
         return metrics
+
+
+def _judged(answers: list[list[Answer]]) -> list[list[Answer]]:
+    """What the metric function judged: problems without a judged answer are left out."""
+    judged = [[answer for answer in found if answer.right is not None] for found in answers]
+    return [found for found in judged if found]
+
+
+def _greedy_metrics(judged: list[list[Answer]]) -> dict[str, float]:
+    if not judged:
+        return {}
+    right = sum(bool(found[0].right) for found in judged)
+    low, high = wilson_interval(right, len(judged))
+    return {"eval/accuracy": right / len(judged), "eval/accuracy_low": low, "eval/accuracy_high": high}
+
+
+def _sampled_metrics(judged: list[list[Answer]], num_samples: int, *, seed: int) -> dict[str, float]:
+    if not judged:
+        return {}
+    counts = [(sum(bool(answer.right) for answer in found), len(found)) for found in judged]
+    metrics = {"eval/sampled_accuracy": sum(right / samples for right, samples in counts) / len(counts)}
+    for k in _powers(num_samples):
+        enough = [(right, samples) for right, samples in counts if samples >= k]
+        if enough:
+            metrics |= _with_interval(f"eval/pass@{k}", pass_at_k_interval(enough, k, seed=seed))
+    votes = [[(answer.extracted, bool(answer.right)) for answer in found] for found in judged]
+    if any(extracted is not None for found in votes for extracted, _ in found):
+        metrics |= _with_interval(f"eval/maj@{num_samples}", majority_accuracy(votes, seed=seed))
+    return metrics
+
+
+def _with_interval(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _lengths(prefix: str, answers: list[list[Answer]]) -> dict[str, float]:

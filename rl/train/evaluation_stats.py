@@ -2,7 +2,9 @@
 
     pass@k  chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k) for c right among n samples, the
             unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), eq. 1; 1 - (1 - c/n)^k would be too low
-    maj@k   chance that the most frequent answer of k samples is right (self-consistency, 2203.11171)
+    maj@k   chance that the most frequent answer of k samples is right (self-consistency, arXiv 2203.11171): the mean
+            over problems of one vote of all its samples, k = n, which is unbiased; a tie counts with the chance that a
+            lot falls on the right answer
 
 An accuracy has a Wilson interval (it stays inside [0, 1] and is honest at 0 and 100 %). pass@k and maj@k have a
 bootstrap interval over PROBLEMS: samples of one problem are not independent, so more samples a problem must not shrink
@@ -12,14 +14,22 @@ it to nothing. Where all problems agree on 0 or on 1, resampling them shows no s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
+from rewards.math_answer import judge_pair
+
 Vote = tuple[str | None, bool]
-"""(the answer read from a sample in a form that can be compared, or None when there was none; whether it is right)."""
+"""(the answer read from a sample, or None when there was none; whether the sample is right)."""
+
+_MAX_COMPARED_CHARS = 500
+# Short enough that no tolerance of the rules for decimals (ten digits) could make two of different value equal.
+_PLAIN_NUMBER = re.compile(r"-?(?:\d{1,6}\.\d{1,3}|\d{1,18}(?:/0*[1-9]\d{0,17})?)", re.ASCII)
 
 
 class Estimate(NamedTuple):
@@ -63,51 +73,62 @@ def pass_at_k(right: int, num_samples: int, k: int) -> float:
 
 
 def pass_at_k_interval(
-    right: Sequence[int], num_samples: int, k: int, *, seed: int = 0, confidence: float = 0.95
+    counts: Sequence[tuple[int, int]], k: int, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """pass@k over problems: `right[i]` of `num_samples` samples of problem i are right."""
-    return _share([pass_at_k(count, num_samples, k) for count in right], seed=seed, confidence=confidence)
+    """pass@k over problems: `counts[i]` = (right, samples) of problem i, at least k samples each."""
+    return _share([pass_at_k(right, samples, k) for right, samples in counts], seed=seed, confidence=confidence)
 
 
 def majority_vote(votes: Sequence[Vote]) -> float:
-    """1 if the most frequent answer is right, 0 if it is wrong.
+    """1 if the most frequent answer is right, 0 if it is wrong; in a tie the share of the right one among those in
+    front.
 
-    Samples without an answer do not vote; if none has one, 0. A tie is drawn by lot: the result is the share of right
-    ones among the answers in front. The same answer judged differently (a verifier that reads more than the answer)
-    counts with the share of its votes judged right.
+    All right samples gave one answer, however they wrote it. Wrong ones gave the same answer when the exact rules of
+    `accuracy` say so. Wrong samples without an answer do not vote.
 
-    >>> majority_vote([("7", True), ("8", False), ("7", True), (None, False)])
+    >>> majority_vote([("1/2", True), ("0.5", True), ("3", False), ("4", False), (None, False), (None, False)])
     1.0
+    >>> majority_vote([("1/2", True), ("3", False), ("3.0", False)])
+    0.0
     >>> majority_vote([("7", True), ("8", False)])
     0.5
     """
-    verdicts: dict[str, list[bool]] = {}
-    for answer, right in votes:
-        if answer is not None:
-            verdicts.setdefault(answer, []).append(right)
-    if not verdicts:
-        return 0.0
-    most = max(len(found) for found in verdicts.values())
-    leaders = [sum(found) / most for found in verdicts.values() if len(found) == most]
-    return sum(leaders) / len(leaders)
+    right = sum(is_right for _, is_right in votes)
+    wrong = [answer for answer, is_right in votes if answer is not None and not is_right]
+    if right == 0 or right > len(wrong):  # nothing that comparing the wrong ones could change
+        return float(right > 0)
+    sizes = _group_sizes(wrong)
+    most = max(sizes)
+    return 1 / (1 + sizes.count(most)) if most == right else float(right > most)
 
 
-def majority_accuracy(
-    votes: Sequence[Sequence[Vote]], *, k: int | None = None, seed: int = 0, confidence: float = 0.95
-) -> Estimate:
-    """maj@k over problems, `votes[i]` of problem i. k: votes counted at a time, all if left out.
+def _group_sizes(answers: Sequence[str]) -> list[int]:
+    """How many times each different answer was given. Numbers are told apart by their value and repeated texts by
+    their letters; `judge_pair`, 0.1 to 0.4 ms a pair, sees what is left."""
+    sizes: dict[Fraction | str, int] = {}
+    for answer in answers:
+        key = _key(answer)
+        if key not in sizes:
+            key = next((known for known in sizes if _same_answer(known, key)), key)
+        sizes[key] = sizes.get(key, 0) + 1
+    return list(sizes.values())
 
-    With more than k samples, the result of a problem is the mean over its disjoint blocks of k (a remainder stays
-    unused): unbiased, since samples are independent, and the same at every call.
-    """
-    results = []
-    for found in votes:
-        size = len(found) if k is None else k
-        if not 1 <= size <= len(found):
-            raise ValueError(f"k={k} votes of a problem with {len(found)} samples: expected 1 <= k <= samples")
-        blocks = [majority_vote(found[i : i + size]) for i in range(0, len(found) - size + 1, size)]
-        results.append(sum(blocks) / len(blocks))
-    return _share(results, seed=seed, confidence=confidence)
+
+def _key(answer: str) -> Fraction | str:
+    text = " ".join(answer.split())
+    return Fraction(text) if _PLAIN_NUMBER.fullmatch(text) else text
+
+
+def _same_answer(known: Fraction | str, new: Fraction | str) -> bool:
+    if isinstance(known, Fraction) and isinstance(new, Fraction):
+        return False  # equal ones have one key
+    texts = str(known), str(new)
+    return max(map(len, texts)) <= _MAX_COMPARED_CHARS and judge_pair(*texts).equal
+
+
+def majority_accuracy(votes: Sequence[Sequence[Vote]], *, seed: int = 0, confidence: float = 0.95) -> Estimate:
+    """maj@k over problems: `votes[i]` are the k samples of problem i, which vote together."""
+    return _share([majority_vote(found) for found in votes], seed=seed, confidence=confidence)
 
 
 def bootstrap_mean(

@@ -7,15 +7,16 @@ are scored group by group in the background while the engine goes on sampling. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rewards.base import Score
 from rewards.scorer import RewardScorer, ScoredBatch, merge_batches
 from rl.distributed import derive_seed, gather_objects, rank, world_size
 from rl.grpo.advantages import ScaleRewards, group_advantages
@@ -25,7 +26,8 @@ from rl.types import Completion, Problem, RolloutEngine, RolloutGroup, RolloutRe
 
 @dataclass(frozen=True, slots=True)
 class RowRecord:
-    """What every rank knows of every row: its number b * G + k, its problem, text (for the log), length and scores."""
+    """What every rank knows of every row: its number b * G + k, its problem, text (for the log), length, reward and
+    what each reward function says."""
 
     index: int
     problem_id: str
@@ -34,8 +36,7 @@ class RowRecord:
     tokens: int
     truncated: bool
     reward: float | None
-    scores: dict[str, float | None]
-    explanations: dict[str, str]
+    scores: dict[str, Score]
 
 
 @dataclass(slots=True)
@@ -51,11 +52,6 @@ class Experience:
     rewards: torch.Tensor
     advantages: torch.Tensor
 
-    @property
-    def scored_names(self) -> list[str]:
-        """The reward functions."""
-        return list(self.scored.by_function)
-
     def table(self) -> list[dict[str, Any]]:
         """One dict a row, for the log: what was asked, answered, scored, and why."""
         return [
@@ -68,8 +64,8 @@ class Experience:
                 "truncated": record.truncated,
                 "reward": record.reward,
                 "advantage": float(advantage),
-                **{f"rewards/{name}": value for name, value in record.scores.items()},
-                "explanations": record.explanations,
+                **{f"rewards/{name}": score.value for name, score in record.scores.items()},
+                "explanations": explanations(record.scores),
             }
             for record, advantage in zip(self.records, self.advantages.flatten(), strict=True)
         ]
@@ -81,7 +77,7 @@ class Experience:
         best, worst = (pick(scored, key=lambda record: record.reward or 0.0) for pick in (max, min))
         lines = [f"--- step {step}: {best.prompt.strip()[-300:]}"]
         for record in (best,) if best is worst else (best, worst):
-            scores = ", ".join(f"{name} {value}" for name, value in record.scores.items())
+            scores = ", ".join(f"{name} {score.value}" for name, score in record.scores.items())
             lines.append(f"    [{scores}; {record.tokens} tokens] {record.text.strip()[:600]}")
         return "\n".join(lines)
 
@@ -119,7 +115,7 @@ def collect(
     """Sample and score all `problems` of the step (the same list on every rank; each rank does its own).
 
     clock: times the stages "rollout" (sampling, with the scoring that overlaps it) and "reward" (what had to be waited
-    for)."""
+    for) of this rank; waiting for the other ranks belongs to neither."""
     positions = list(range(rank(), len(problems), world_size()))
     requests = [
         RolloutRequest(
@@ -132,9 +128,19 @@ def collect(
         groups, pending = sample_and_submit(requests, engine=engine, params=params, scorer=scorer, decode=decode)
     with clock("reward"):
         scored = merge_batches([future.result() for future in pending])
-        records, scored = _share(groups, positions, scored, decode)
+    records, scored = _share(groups, positions, scored, decode)
     rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in records]).view(-1, num_generations)
     return Experience(groups, positions, records, scored, rewards, group_advantages(rewards, scale=scale_rewards))
+
+
+def explanations(scores: Mapping[str, Score]) -> dict[str, dict[str, str | None]]:
+    """Why each reward function decided as it did, for the log: the answer as `extracted`, the reference as understood
+    (`gold`), the `rule` that decided and its `reason`. Functions that say nothing beside their number are left out."""
+    return {
+        name: {"extracted": score.extracted, "gold": score.gold, "rule": score.rule, "reason": score.reason}
+        for name, score in scores.items()
+        if score != Score(score.value)
+    }
 
 
 class TextOf:
@@ -197,7 +203,8 @@ def _reordered(batch: ScoredBatch, order: Sequence[int]) -> ScoredBatch:
     def pick(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return {name: [values[i] for i in order] for name, values in table.items()}
 
-    return ScoredBatch(
+    return replace(
+        batch,
         rewards=[batch.rewards[i] for i in order],
         by_function=pick(batch.by_function),
         scores=pick(batch.scores),
@@ -217,8 +224,7 @@ def _record(
         tokens=len(completion.token_ids),
         truncated=completion.truncated,
         reward=scored.rewards[row],
-        scores={name: values[row] for name, values in scored.by_function.items()},
-        explanations={name: f"{s[row].rule}: {s[row].reason}" for name, s in scored.scores.items() if s[row].reason},
+        scores={name: values[row] for name, values in scored.scores.items()},
     )
 
 

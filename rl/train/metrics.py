@@ -1,7 +1,7 @@
 """What a run tells: a line on the screen, its own record in the run folder, and wandb. Only rank 0 tells anything.
 
-    <folder>/metrics.jsonl       every logged step and every evaluation: {"step": 3, "stage": "grpo", "reward": 0.25,
-    ...} <folder>/completions.jsonl   what was asked, answered and scored
+    <folder>/metrics.jsonl       every step and every evaluation: {"step": 3, "stage": "grpo", "reward": 0.25, ...}
+    <folder>/completions.jsonl   what was asked, answered and scored
     <folder>/evaluations.jsonl   the answers of every evaluation
     <folder>/wandb/              the tracker's files, when `logging.report_to` names it
 
@@ -94,12 +94,12 @@ class MetricsLogger:
     ) -> None:
         self.close(failed=error is not None)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers after `step` steps: to the screen, the record and the tracker."""
+    def log(self, step: int, metrics: Mapping[str, Any], *, shown: bool = True) -> None:
+        """Numbers after `step` steps: to the record and, if they are to be shown, to the screen and the tracker."""
         self._write(METRICS_FILE, step, [metrics])
-        if self._tells:
+        if shown and self._tells:
             write_line(headline(self.stage, step, metrics))
-        if self._tracker:
+        if shown and self._tracker:
             self._tracker.log(step, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -175,12 +175,12 @@ def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
     """The line of an evaluation: its main numbers, each with its interval where `<name>_low` and `<name>_high` are
     given.
 
-    Left to the record: shares, times, and pass@k but for the largest k (pass@1 is the sampled accuracy and lends its
-    interval)."""
+    Left to the record: shares, times, what reward functions count, and pass@k but for the largest k (pass@1 is the
+    sampled accuracy and lends its interval)."""
     largest = max((int(name.split("@")[1]) for name in metrics if _PASS_AT.fullmatch(name)), default=1)
     parts = [f"eval at step {step}"]
     for name, value in metrics.items():
-        if name.endswith(("_low", "_high", "_s", "_frac")):
+        if name.endswith(("_low", "_high", "_s", "_frac")) or name.startswith("eval/rewards/"):
             continue
         if _PASS_AT.fullmatch(name) and (largest == 1 or name != f"eval/pass@{largest}"):
             continue
@@ -269,7 +269,8 @@ class WandbTracker:
         """End wandb's service process: after a failed start it still holds the run id."""
         import wandb
 
-        wandb.teardown()
+        with suppress(SystemExit):  # it ends the program with the code of a service that was killed
+            wandb.teardown()
 
     def _log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
@@ -289,12 +290,11 @@ class WandbTracker:
             if not isinstance(error, ImportError) and not _raised_in_wandb(error):
                 raise
             self._run = None
-            if isinstance(error, ConnectionError):  # its service died: forget it, or its exit hook fails too
-                with suppress(OSError):
-                    self._stop_service()
             write_line(
                 f"[aha] wandb could not {what}: {type(error).__name__}: {error}; the record in the run folder goes on"
             )
+            if isinstance(error, ConnectionError) and what != "stop":
+                self._guard(self._stop_service, "stop")  # its service died: forget it, or its exit hook fails too
 
 
 def offline_reason() -> str | None:

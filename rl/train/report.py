@@ -73,24 +73,28 @@ def write_run_report(
     first: Mapping[str, float] | None,
     last: Mapping[str, float] | None,
     train_seconds: float,
+    dropped: Mapping[str, int],
     cold_start: str = "cold_start",
 ) -> dict[str, Any]:
     """Write summary.json and curves.png into the run folder; call on one rank. Returns the summary.
 
     first, last: metrics of the evaluations before the first GRPO step (after a cold start, if there was one) and after
-    the last; None where there was none. train_seconds: of GRPO, evaluations included.
+    the last; None where there was none. train_seconds: of GRPO, evaluations included. dropped: how many rows were left
+    out, by name; the cold start's are read from its summary.
     """
     grpo = read_rows(folder / METRICS_FILE)
     sft = read_rows(folder / cold_start / METRICS_FILE)
+    before = _cold_start_summary(folder / cold_start / SUMMARY_FILE)
     summary = summarize_run(
         grpo,
         seed=recipe.seed,
         first=first,
         last=last,
         grpo_seconds=train_seconds,
-        cold_start_seconds=_cold_start_seconds(folder / cold_start / SUMMARY_FILE),
+        cold_start_seconds=before.get("train_seconds"),
     )
-    summary["name"] = recipe.name
+    summary |= {"name": recipe.name, **dropped}
+    summary |= {name: count for name, count in before.items() if name.startswith("overlong_")}
     save_json(folder / SUMMARY_FILE, to_json(summary))
     draw_curves(grpo, folder / CURVES_FILE, cold_start=sft, title=f"{recipe.name}, seed {recipe.seed}")
     return summary
@@ -212,11 +216,9 @@ def _held_out(metrics: Mapping[str, float] | None) -> dict[str, float | None]:
     }
 
 
-def _cold_start_seconds(path: Path) -> float | None:
-    if not path.exists():
-        return None
-    seconds = json.loads(path.read_text(encoding="utf-8")).get("train_seconds")
-    return None if seconds is None else float(seconds)
+def _cold_start_summary(path: Path) -> dict[str, Any]:
+    """What the cold start left; {} where there was none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def closing_text(summary: Mapping[str, Any], folder: Path) -> str:

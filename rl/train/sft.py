@@ -67,6 +67,8 @@ class ColdStart:
             )
             for done in range(self.start_step + 1, section.steps + 1):
                 metrics = self.step(done - 1)
+                if done == min(section.logging_steps, section.steps):  # the first that is logged
+                    metrics["data/overlong_sft_rows"] = float(self.rows.overlong)
                 if done % section.logging_steps == 0 or done == section.steps:
                     log.log(done, metrics)
                 progress.update(loss=metrics["loss"])
@@ -78,6 +80,7 @@ class ColdStart:
             "train_seconds": time.monotonic() - began,
             "steps": section.steps,
             "seed": recipe.seed,
+            "overlong_sft_rows": self.rows.overlong,
         }
         save_final_policy(self.learner, folder, self.session.tokenizer, summary=summary)
         return folder

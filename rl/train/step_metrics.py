@@ -6,19 +6,28 @@ All numbers are over all ranks: experience records are shared, update sums are r
 
 from __future__ import annotations
 
+from rl.distributed import gather_objects
 from rl.grpo.advantages import reward_metrics
-from rl.train.evaluate import rightness_function
 from rl.train.experience import Experience
 from rl.train.update import UpdateResult
 
 
+def stage_seconds(stages: dict[str, float], step_s: float) -> dict[str, float]:
+    """How long a step took, the same on every rank. In: this rank's seconds in each stage and in the whole step. Out:
+    each stage as long as on its slowest rank, "step", and "rest", what the stages leave of it: gathering weights,
+    waiting for slower ranks, and whatever has no stage."""
+    everyone = gather_objects({**stages, "step": step_s})
+    slowest = {name: max(seconds[name] for seconds in everyone) for name in everyone[0]}
+    return {**slowest, "rest": max(0.0, slowest["step"] - sum(slowest[name] for name in stages))}
+
+
 def step_metrics(
-    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float
+    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float, metric: str | None
 ) -> dict[str, float]:
-    """seconds: by stage ("rollout", "reward", "update", "rest"); epoch: passes over the training problems so far."""
+    """seconds: of `stage_seconds`. epoch: passes over the training problems so far. metric: the reward function whose 1
+    means a right answer; without one there is no accuracy."""
     lengths = [record.tokens for record in experience.records]
     ended = [record.tokens for record in experience.records if not record.truncated]
-    total_s = sum(seconds.values())
     metrics = {
         **reward_metrics(experience.rewards),
         **experience.scored.metrics,
@@ -31,12 +40,11 @@ def step_metrics(
         "epoch": epoch,
         **result.metrics,
         **{f"time/{stage}_s": value for stage, value in seconds.items()},
-        "time/step_s": total_s,
         "rollout/tokens_per_s": sum(lengths) / max(seconds["rollout"], 1e-9),
-        "train/tokens_per_s": sum(lengths) / max(total_s, 1e-9),
+        "train/tokens_per_s": sum(lengths) / max(seconds["step"], 1e-9),
     }
-    right = rightness_function(experience.scored_names, None)
-    values = [value for value in experience.scored.by_function[right] if value is not None]
+    given = [] if metric is None else experience.scored.by_function[metric]
+    values = [value for value in given if value is not None]
     if values:
         metrics["accuracy"] = sum(value >= 1.0 for value in values) / len(values)
     if result.expert_load is not None:

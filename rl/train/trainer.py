@@ -22,14 +22,14 @@ from rl.data import ProblemOrder, load_train_and_eval
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
-from rl.train.evaluate import Evaluation, Evaluator
+from rl.train.evaluate import Evaluation, Evaluator, rightness_function
 from rl.train.experience import Experience, collect
 from rl.train.keeping import Keeper, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
 from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
-from rl.train.step_metrics import step_metrics
+from rl.train.step_metrics import stage_seconds, step_metrics
 from rl.train.update import GRPOUpdate
 
 
@@ -54,19 +54,25 @@ class GRPOTrainer:
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         scorer = make_scorer(recipe)
+        self.metric = rightness_function(scorer.entries, recipe.eval.metric)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe)
+        if self.metric is None and is_main_process():
+            print("[aha] no reward function says whether an answer is right: no accuracy (eval.metric can name one)")
         train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
+        self.dropped = {"overlong_train_prompts": train.overlong}
         rollout = recipe.rollout
         self.order = ProblemOrder(len(train), recipe.seed, rollout.prompts_per_step, shuffle=recipe.data.shuffle)
         self.evaluator = None
         if held_out is not None:
+            self.dropped["overlong_eval_prompts"] = held_out.overlong
             problems = [held_out[i] for i in range(min(len(held_out), recipe.eval.num_problems or len(held_out)))]
             self.evaluator = Evaluator(
                 recipe.eval,
                 problems,
+                metric=self.metric,
                 engine=self.engine,
                 scorer=scorer,
                 decode=session.decode,
@@ -130,13 +136,15 @@ class GRPOTrainer:
         if self.recipe.checkpoint.save_final_policy:
             save_final_policy(self.learner, folder / POLICY_FOLDER, self.session.tokenizer)
         if is_main_process():
-            summary = write_run_report(folder, self.recipe, first=first, last=last, train_seconds=seconds)
+            summary = write_run_report(
+                folder, self.recipe, first=first, last=last, train_seconds=seconds, dropped=self.dropped
+            )
             print(closing_text(summary, folder), flush=True)
         self.scorer.close()
 
     def step(self, step: int) -> tuple[dict[str, float], Experience]:
         """GRPO step number `step` (0-based): its metrics (the same on every rank) and what was sampled."""
-        recipe, clock = self.recipe, StageClock()
+        recipe, clock, began = self.recipe, StageClock(), time.monotonic()
         problems = [self.train_set[i] for i in self.order.indices(step)]
         with self.learner.gathered():
             experience = collect(
@@ -155,13 +163,16 @@ class GRPOTrainer:
             result = self.update.run(experience, step=step, replay_routes=self._replays_routes(experience))
         for update in result.steps:
             self.keeper.check_finite(update, step=step, on_nonfinite=recipe.optimizer.on_nonfinite)
-        with clock("rest"):
-            if recipe.model.router_bias_update_rate and result.expert_load is not None:
-                update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
-            if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
-                assert self.learner.reference is not None
-                self.learner.reference.refresh()
-        metrics = step_metrics(experience, result, clock.seconds, epoch=self.order.epoch(step + 1))
+        if recipe.model.router_bias_update_rate and result.expert_load is not None:
+            update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
+        if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
+            assert self.learner.reference is not None
+            self.learner.reference.refresh()
+        epoch = self.order.epoch(step + 1)
+        seconds = stage_seconds(clock.seconds, time.monotonic() - began)
+        metrics = step_metrics(experience, result, seconds, epoch=epoch, metric=self.metric)
+        if step == 0:
+            metrics |= {f"data/{name}": float(count) for name, count in self.dropped.items()}
         return metrics, experience
 
     def _replays_routes(self, experience: Experience) -> bool:
@@ -177,10 +188,10 @@ class GRPOTrainer:
         self, done: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress
     ) -> None:
         logging = self.recipe.logging
-        if done % logging.logging_steps == 0 or done == self.recipe.grpo.steps:
-            log.log(done, metrics)
-            if logging.log_completions:
-                log.log_completions(done, experience.table())
+        shown = done % logging.logging_steps == 0 or done == self.recipe.grpo.steps
+        log.log(done, metrics, shown=shown)
+        if shown and logging.log_completions:
+            log.log_completions(done, experience.table())
         progress.update(
             reward=metrics["reward"],
             accuracy=metrics.get("accuracy"),

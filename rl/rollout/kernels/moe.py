@@ -105,7 +105,7 @@ def _rows_of_tile(
     first = tl.sum(tl.where(here, ends - tiles, 0), 0)
     count = tl.sum(tl.where(here, counts, 0), 0)
     index = (tile - shared_tiles - first) * BLOCK_M + tl.arange(0, BLOCK_M)
-    routed = (index < count) & (tile >= shared_tiles) & (expert < NUM_EXPERTS)
+    routed = (index >= 0) & (index < count)  # a shared tile's index is negative; no expert has no count
     listed = tl.load(lists_ptr + expert * list_stride + index, mask=routed, other=0)
     assignment = tl.where(is_shared, row * (TOP_K + PARTS) + TOP_K + part, listed)
     return expert, part, is_shared, assignment, tl.where(is_shared, row < num_rows, routed)

@@ -92,7 +92,6 @@ def make_experience(seed: int) -> Experience:
                     (b, k) == (0, 1),
                     None if reward != reward else reward,
                     {},
-                    {},
                 )
             )
         groups.append(RolloutGroup(problem, completions, draw_routes(len(prompt))))

@@ -114,6 +114,7 @@ def test_contradictions_are_refused(recipe_file: Path, overrides: list[str], mes
         ["--grpo.beta=0.001", "--grpo.ref_update_steps=400"],
         ["--grpo.mini_batches=16"],
         ["--data.eval=null"],
+        ["--eval.metric=format", "--data.eval=null"],
         ["--eval.num_samples=4", "--eval.top_p=0.9", "--eval.greedy=false"],
         ["--model={name_or_path: deepseek-ai/DeepSeek-V2-Lite}"],
         [*SFT, "--sft.learning_rate=2e-3", "--sft.warmup_steps=3"],

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from rewards.base import Score
-from rewards.extract import after_thinking, find_boxes, free_answer, is_direct
+from rewards.extract import after_thinking, find_boxes, free_answer
 from rewards.math_answer import accuracy_reward
+from rewards.phrases import is_direct
 from rewards.strict_answer import block_answer
 
 FREE_RIGHT = [

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from rewards.base import Score
-from rewards.extract import Extraction
 from rewards.grading import agreement, grade_rows
 from rewards.math_answer import Case, accuracy_reward, judge_cases, reference_answer
 from rewards.math_compare import compare_texts
+from rewards.phrases import Extraction
 from rewards.pool import Outcome
 from rewards.symbolic import worth_trying
 

@@ -193,6 +193,8 @@ def test_rows_are_chosen_by_condition_and_by_task_column(file: str) -> None:
     )
     batch = score(scorer, ["aaaaa", "bb", "cc"], task=["math", "chat", "code"])
     assert batch.by_function["length"] == [5.0, None, 2.0] and batch.rewards == [5.0, 1.0, 3.0]
+    latencies = batch.latencies["length"]  # one a row, so that rows can be put into another order
+    assert latencies[1] is None and latencies[0] == latencies[2] == batch.metrics["rewards/length/latency_p95_s"]
     by_task = RewardScorer([f"{file}:length", f"{file}:brevity"], task_column="use")
     batch = score(by_task, ["aaaaa", "bb", "cc"], use=["length", ["length", "brevity"], []])
     assert batch.rewards == [5.0, 3.0, None]

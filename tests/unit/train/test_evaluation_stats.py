@@ -1,10 +1,12 @@
 """pass@k, maj@k and intervals against enumeration, published values, and coverage in simulation."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
+from rewards.math_answer import judge_pair
 from rl.train.evaluation_stats import (
     Vote,
     bootstrap_mean,
@@ -34,7 +36,7 @@ def test_pass_at_k_is_unbiased() -> None:
     """p = 0.3: the true pass@3 is 1 - 0.7^3 = 0.657; the plug-in estimate from n = 4 would average 0.552."""
     generator = np.random.default_rng(0)
     counts = generator.binomial(4, 0.3, size=20_000).tolist()
-    assert pass_at_k_interval(counts[:200], 4, 3).value == pytest.approx(0.657, abs=0.06)
+    assert pass_at_k_interval([(count, 4) for count in counts[:200]], 3).value == pytest.approx(0.657, abs=0.06)
     assert sum(pass_at_k(count, 4, 3) for count in counts) / len(counts) == pytest.approx(0.657, abs=0.01)
 
 
@@ -54,6 +56,12 @@ def test_wilson_covers() -> None:
     assert 0.92 <= covered / 2000 <= 0.98
 
 
+def test_problems_may_have_different_numbers_of_samples() -> None:
+    """Of 1 in 2 and 1 in 4 samples: pass@1 is (1/2 + 1/4) / 2, pass@2 is (1 + 1/2) / 2."""
+    assert pass_at_k_interval([(1, 2), (1, 4)], 1).value == pytest.approx(3 / 8)
+    assert pass_at_k_interval([(1, 2), (1, 4)], 2).value == pytest.approx(3 / 4)
+
+
 VOTES: list[tuple[list[Vote], float]] = [
     ([("7", True), ("8", False), ("7", True)], 1.0),
     ([("7", True), ("8", False), ("8", False)], 0.0),
@@ -63,6 +71,19 @@ VOTES: list[tuple[list[Vote], float]] = [
     ([(None, False), (None, False)], 0.0),
     ([("7", True), ("7", False)], 0.5),  # judged differently
     ([("7", True)], 1.0),
+    # one right answer, written in three ways, against two and three times the same wrong one
+    ([("1/2", True), ("0.5", True), (r"\frac{1}{2}", True), ("2", False), ("2", False)], 1.0),
+    ([("1/2", True), ("0.5", True), ("3", False), ("3.0", False), ("$3$", False)], 0.0),
+    ([("1/2", True), ("50%", True), ("3/4", False), ("0.75", False), (r"\dfrac{3}{4}", False), ("1", False)], 0.0),
+    ([("1", True), ("x+1", False), ("1 + x", False)], 0.0),
+    ([("1", True), ("north", False), ("North.", False)], 0.0),
+    ([("1", True), ("north", False), ("south", False)], 1 / 3),
+    ([(None, True), (None, True), ("2", False), ("3", False), ("4", False)], 1.0),
+    # what could go wrong while answers are compared
+    ([("1", True), ("1/0", False), ("0/0", False)], 1 / 3),
+    ([("1", True), ("9" * 400 + "^" + "9" * 99, False), ("9^{9^{9^{9}}}", False)], 1 / 3),
+    ([("1", True), ("x" * 100_000, False), ("x" * 100_000, False), ("y" * 100_000, False)], 0.0),
+    ([("1", True), ("\u202e42", False), ("", False), ("٣", False)], 1 / 4),
 ]
 
 
@@ -72,13 +93,25 @@ def test_majority_vote(votes: list[Vote], expected: float) -> None:
     assert majority_vote(votes[::-1]) == pytest.approx(expected)
 
 
-def test_majority_accuracy_over_problems_and_blocks() -> None:
+def test_plain_numbers_are_told_apart_as_the_accuracy_rules_do() -> None:
+    """The short cut for numbers against the rules themselves."""
+    numbers = ["3", "3.0", "-3", "03", "6/2", "1/3", "0.333", "0.5", "1/2", "-0.5", "123456.789", "1000", "999999999"]
+    for first, second in itertools.product(numbers, numbers):
+        expected = 0.0 if judge_pair(first, second).equal else 1 / 3
+        assert majority_vote([("x", True), (first, False), (second, False)]) == pytest.approx(expected), (first, second)
+
+
+def test_a_thousand_different_answers_cost_seconds_at_most() -> None:
+    answers = [f"{top}/{bottom}" for top in range(1, 40) for bottom in range(41, 67)]
+    began = time.monotonic()
+    majority_vote([("1", True), *((answer, False) for answer in answers)])
+    assert time.monotonic() - began < 5
+
+
+def test_majority_accuracy_is_the_mean_over_problems() -> None:
     right, wrong = ("1", True), ("2", False)
-    votes: list[list[Vote]] = [[right, right, wrong, wrong, wrong], [right, right, right, right, wrong]]
-    assert majority_accuracy(votes).value == pytest.approx(0.5)
-    # blocks of 2: (1 + 0) / 2 and (1 + 1) / 2; the fifth vote is a remainder
-    assert majority_accuracy(votes, k=2).value == pytest.approx(0.75)
-    assert majority_accuracy(votes, k=1).value == pytest.approx((2 / 5 + 4 / 5) / 2)
+    votes: list[list[Vote]] = [[right, right, wrong, wrong, wrong], [right, wrong], [right]]
+    assert majority_accuracy(votes).value == pytest.approx((0 + 0.5 + 1) / 3)
 
 
 def test_bootstrap_is_seeded_and_near_the_normal_interval() -> None:
@@ -92,7 +125,7 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval() -> None:
 
 
 def test_all_right_or_all_wrong_is_not_certainty() -> None:
-    assert pass_at_k_interval([4] * 10, 4, 2)[1:] == pytest.approx((0.7225, 1.0), abs=5e-5)
+    assert pass_at_k_interval([(4, 4)] * 10, 2)[1:] == pytest.approx((0.7225, 1.0), abs=5e-5)
     assert majority_accuracy([[("1", False)]] * 10)[1:] == pytest.approx((0.0, 0.2775), abs=5e-5)
 
 
@@ -116,5 +149,3 @@ def test_user_errors_are_named() -> None:
         wilson_interval(1, 4, confidence=95)
     with pytest.raises(ValueError, match="no problems"):
         bootstrap_mean([])
-    with pytest.raises(ValueError, match="k=3 votes of a problem with 2"):
-        majority_accuracy([[("1", True)] * 2], k=3)

@@ -62,6 +62,28 @@ def test_record_screen_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_rows(tmp_path / "evaluations.jsonl") == [{"step": 0, "stage": "grpo", "text": "a"}]
 
 
+def test_steps_that_are_not_shown_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
+        log._tracker = tracker = _Tracked()  # type: ignore[assignment]
+        for step in (1, 2, 3):
+            log.log(step, {"skipped_updates": step / 2}, shown=step == 2)
+    assert [row["skipped_updates"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 1.5]
+    assert capsys.readouterr().out == "grpo step     2\n" and tracker.steps == [2]
+
+
+class _Tracked:
+    """A tracker that remembers the steps it was told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, step: int, metrics: object) -> None:
+        self.steps.append(step)
+
+    def close(self, *, failed: bool) -> None:
+        assert not failed
+
+
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
     for _ in range(2):
         with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
@@ -87,7 +109,7 @@ def test_lines() -> None:
     assert headline("grpo", 1, {"nothing/known": 1.0}) == "grpo step     1"
     values = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6, "time/eval_s": 3.0}
     assert evaluation_line(4, values) == "eval at step 4  accuracy 0.5 [0.400, 0.600]"
-    values = {"eval/sampled_accuracy": 0.5, "eval/sampled_truncated_frac": 0.1}
+    values = {"eval/sampled_accuracy": 0.5, "eval/sampled_truncated_frac": 0.1, "eval/rewards/judge/calls": 3.0}
     for k in (1, 2, 4):
         values |= {f"eval/pass@{k}": k / 5, f"eval/pass@{k}_low": k / 10, f"eval/pass@{k}_high": 1.0}
     assert (
@@ -230,3 +252,23 @@ def test_our_own_bugs_pass_through_and_those_of_wandb_do_not(tmp_path: Path) -> 
     tracker._guard(lambda: tracker._run.log("not a dict"), "log")  # wandb's own TypeError or the like
     assert tracker._run is None
     tracker.close()
+
+
+@pytest.mark.parametrize("raised", ["RuntimeError('gone')", "AssertionError('Already torn down.')", "SystemExit(-9)"])
+def test_a_service_that_cannot_even_be_ended_does_not_end_the_run(
+    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = WandbTracker(tmp_path, project="p", name="n", config={}, new=True)
+    run = tracker._run
+    inside: dict[str, Any] = {"__name__": "wandb.sdk.somewhere"}  # errors count as wandb's by where they are raised
+    exec(f"def teardown(): raise {raised}\ndef log(): raise ConnectionResetError('the service died')", inside)
+    with monkeypatch.context() as patched:
+        patched.setattr("wandb.teardown", inside["teardown"])
+        tracker._guard(inside["log"], "log")
+    assert tracker._run is None
+    printed = capsys.readouterr().out
+    assert printed.count("wandb could not log: ConnectionResetError") == 1
+    assert printed.count("wandb could not stop: ") == ("SystemExit" not in raised)
+    tracker.log(1, {"reward": 1.0})
+    tracker.close()
+    run.finish()

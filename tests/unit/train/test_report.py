@@ -86,11 +86,13 @@ def test_report_is_written_from_the_run_folder(tmp_path: Path) -> None:
         record = JsonLines(folder / "metrics.jsonl")
         record.append(rows)
         record.close()
-    (tmp_path / "cold_start" / "summary.json").write_text('{"train_seconds": 12.5}')
+    (tmp_path / "cold_start" / "summary.json").write_text('{"train_seconds": 12.5, "overlong_sft_rows": 7}')
     recipe = load_recipe(QUICKSTART, [])
-    summary = write_run_report(tmp_path, recipe, first=FIRST, last=LAST, train_seconds=40.0)
+    dropped = {"overlong_train_prompts": 3}
+    summary = write_run_report(tmp_path, recipe, first=FIRST, last=LAST, train_seconds=40.0, dropped=dropped)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["train_seconds"] == 52.5 and summary["name"] == "quickstart" and "torch" in summary["versions"]
+    assert summary["overlong_train_prompts"] == 3 and summary["overlong_sft_rows"] == 7
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[0] > 500 and picture.std() > 0.05
 
