@@ -64,12 +64,6 @@ class ScoredBatch:
     latencies: dict[str, list[float | None]] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
 
-    def explanations(self, row: int) -> dict[str, dict[str, str | None]]:
-        """Why each function decided as it did about this row: its name -> `extracted`, `gold`, `rule` and `reason`.
-        Functions that gave bare numbers are left out."""
-        told = {name: scores[row].explanation for name, scores in self.scores.items()}
-        return {name: explanation for name, explanation in told.items() if any(explanation.values())}
-
     @property
     def metrics(self) -> dict[str, float]:
         """`rewards/<name>/{mean,std,timeout_frac,error_frac,none_frac,latency_p95_s}` over the rows of this batch. mean

@@ -136,11 +136,8 @@ def collect(
 def explanations(scores: Mapping[str, Score]) -> dict[str, dict[str, str | None]]:
     """Why each reward function decided as it did, for the log: the answer as `extracted`, the reference as understood
     (`gold`), the `rule` that decided and its `reason`. Functions that say nothing beside their number are left out."""
-    return {
-        name: {"extracted": score.extracted, "gold": score.gold, "rule": score.rule, "reason": score.reason}
-        for name, score in scores.items()
-        if score != Score(score.value)
-    }
+    told = {name: score.explanation for name, score in scores.items()}
+    return {name: explanation for name, explanation in told.items() if any(explanation.values())}
 
 
 class TextOf:

@@ -132,10 +132,10 @@ def test_what_is_logged_of_a_row(file: str) -> None:
     batch = score(
         RewardScorer([f"{file}:explained", f"{file}:length", "accuracy"]), ["<answer>4</answer>"], answer=["4"]
     )
-    told = batch.explanations(0)
+    told = {name: scores[0].explanation for name, scores in batch.scores.items()}
     assert told["explained"] == {"extracted": "<answer>4</answer>", "gold": None, "rule": "r", "reason": "half"}
     assert told["accuracy"]["extracted"] == told["accuracy"]["gold"] == "4" and told["accuracy"]["rule"]
-    assert told.keys() == {"explained", "accuracy"}  # a bare number has no reason
+    assert not any(told["length"].values())  # a bare number has no reason
 
 
 def test_values_of_arrays_and_truth_values(file: str) -> None:

@@ -146,15 +146,7 @@ def test_without_a_metric_function_only_lengths_are_measured(tmp_path: Path) -> 
 
 
 def test_what_functions_count_is_in_the_metrics(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        PLAIN
-        + """
-def take_counters():
-    return {"calls": 1.0}
-
-ends_well.take_counters = take_counters
-"""
-    )
+    (tmp_path / "own.py").write_text(PLAIN.replace("answer):", "answer, counters):\n    counters.add(calls=1)"))
     metrics = evaluation(spoken("00", "11"), "01", [f"{tmp_path}/own.py:ends_well"], num_samples=2).metrics
     assert metrics["eval/rewards/ends_well/calls"] == 4  # a greedy and a sampled group of each problem
 

@@ -127,18 +127,9 @@ def test_every_decision_says_why(tmp_path: Path) -> None:
 
 
 COUNTING = """
-import threading
-calls = threading.local()
-
-def costly(completions):
-    calls.made = getattr(calls, "made", 0) + len(completions)
+def costly(completions, counters):
+    counters.add(calls=len(completions), cost_usd=len(completions) / 4)
     return [1.0] * len(completions)
-
-def take_counters():
-    made, calls.made = getattr(calls, "made", 0), 0
-    return {"calls": made, "cost_usd": made / 4}
-
-costly.take_counters = take_counters
 """
 
 
