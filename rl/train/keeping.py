@@ -7,7 +7,6 @@ run id, and a small JSON state. No random state: every draw is derived from the 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -20,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rl.distributed import barrier, gather_objects, is_main_process, world_size
 from rl.policy.hf import save_any
-from rl.train.checkpoint import CheckpointStore, load_json, load_tensors, save_json, save_tensors
+from rl.train.checkpoint import (
+    CheckpointStore,
+    load_json,
+    load_tensors,
+    replace_folder,
+    save_json,
+    save_tensors,
+    sync_tree,
+)
 from rl.train.learner import Learner, StepResult
 from rl.train.metrics import RUN_ID_FILE
 
@@ -123,17 +130,17 @@ class Keeper:
 def save_final_policy(
     learner: Learner, folder: Path, tokenizer: PreTrainedTokenizerBase, *, summary: dict[str, Any] | None = None
 ) -> None:
-    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all. `summary` goes beside the
-    folder."""
+    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all: a policy that is there
+    already stays until the new one is on the disk. `summary` goes beside the folder."""
     temporary = folder.with_name(folder.name + ".writing")
     with learner.gathered() as policy:
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
             save_any(policy, temporary, tokenizer=tokenizer)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            sync_tree(temporary)
+            replace_folder(temporary, folder)
             if summary is not None:
-                (folder.parent / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                save_json(folder.parent / "summary.json", summary)
     barrier()
 
 
