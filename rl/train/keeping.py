@@ -33,7 +33,8 @@ from rl.train.metrics import RUN_ID_FILE
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite and the recipe says to stop. The weights are those before the step."""
+    """The loss or the gradient was not finite and the recipe says to stop. The weights are those before
+    that optimizer step."""
 
 
 class Keeper:
@@ -106,25 +107,27 @@ class Keeper:
                     if (self.folder / name).exists():
                         shutil.copy(self.folder / name, folder / name)
 
-    def check_finite(self, result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
-        """Stop the run, or say that the step was skipped, when loss or gradient were not finite."""
-        if not result.skipped and math.isfinite(result.loss):
-            return
-        message = (
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-            "the weights were not changed"
-        )
-        if on_nonfinite == "stop":
-            raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
-        if is_main_process():
-            print(f"[aha] {message}; skipped", file=sys.stderr, flush=True)
-
     def _check_same_launch(self, state: dict[str, Any], path: Path) -> None:
         for key, now in (("world_size", world_size()), ("zero_stage", self.learner.stage)):
             if state[key] != now:
                 raise ValueError(
                     f"{path} was written with {key} = {state[key]}, this launch has {now}; resume with the same"
                 )
+
+
+def check_finite(result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
+    """Stop the run, or say that an optimizer step was skipped, when its loss or gradient was not finite. step: of the
+    run, counted as the log does, from 1."""
+    if not result.skipped and math.isfinite(result.loss):
+        return
+    message = (
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+        "this optimizer step did not change the weights"
+    )
+    if on_nonfinite == "stop":
+        raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
+    if is_main_process():
+        print(f"[aha] {message}; skipped", file=sys.stderr, flush=True)
 
 
 def save_final_policy(

@@ -18,7 +18,7 @@ from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
 from rl.train.batching import MicroBatch, Row, pack_rows
-from rl.train.keeping import Keeper, save_final_policy
+from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.session import COLD_START, POLICY_FOLDER, make_policy, open_session
@@ -90,7 +90,7 @@ class ColdStart:
         mine = [_as_row(n, self.rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
         batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens)
         result = self.learner.step(batches, completion_loss, divisor=loss_tokens, step=step)
-        self.keeper.check_finite(result, step=step, on_nonfinite=self.section.on_nonfinite)
+        check_finite(result, step=step + 1, on_nonfinite=self.section.on_nonfinite)
         return {
             "loss": result.loss,
             "entropy": result.sums["entropy_sum"] / loss_tokens,

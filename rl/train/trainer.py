@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rewards.scorer import RewardScorer
@@ -24,7 +25,7 @@ from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
 from rl.train.evaluate import Evaluation, Evaluator
 from rl.train.experience import Experience, collect
-from rl.train.keeping import Keeper, save_final_policy
+from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
@@ -152,9 +153,12 @@ class GRPOTrainer:
                 clock=clock,
             )
         with clock("update"):
-            result = self.update.run(experience, step=step, replay_routes=self._replays_routes(experience))
-        for update in result.steps:
-            self.keeper.check_finite(update, step=step, on_nonfinite=recipe.optimizer.on_nonfinite)
+            result = self.update.run(
+                experience,
+                step=step,
+                replay_routes=self._replays_routes(experience),
+                after_each=partial(check_finite, step=step + 1, on_nonfinite=recipe.optimizer.on_nonfinite),
+            )
         with clock("rest"):
             if recipe.model.router_bias_update_rate and result.expert_load is not None:
                 update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)

@@ -1,13 +1,14 @@
 """Experience -> optimizer steps: mini-batches, old and reference logprobs, and the loss of one micro-batch.
 
-A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Mini-batch m holds the m-th part
-of the step's rows by row number, so it is the same set of rows on any number of ranks; groups stay together where the
-numbers allow.
+A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Rows are dealt out to mini-batches
+across the problems (the first completion of each problem, then the second of each, ...): the same set of rows on any
+number of ranks, and equally many of them on each rank. DeepSeek-R1 too splits a rollout without regard to groups, at
+random (arXiv 2501.12948); advantages are those of whole groups in any case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,8 +61,11 @@ class GRPOUpdate:
         self.temperature = temperature
         self.max_completion_length = max_completion_length
 
-    def run(self, experience: Experience, *, step: int, replay_routes: bool) -> UpdateResult:
-        """All optimizer steps of GRPO step number `step` (0-based)."""
+    def run(
+        self, experience: Experience, *, step: int, replay_routes: bool, after_each: Callable[[StepResult], None]
+    ) -> UpdateResult:
+        """All optimizer steps of GRPO step number `step` (0-based). after_each: called after each optimizer step; what
+        it raises ends the update there."""
         rows = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=replay_routes)
         mini_batches = self._split(rows, experience)
         spare = next(batch for mini in mini_batches for batch in mini.batches)
@@ -79,6 +83,7 @@ class GRPOUpdate:
                     temperature=self.temperature,
                     spare=spare,
                 )
+                after_each(result)
                 results.append(result)
         return UpdateResult(results, {**_summarize(results), **probe}, self._expert_load(mini_batches))
 
@@ -110,20 +115,19 @@ class GRPOUpdate:
         return sums.loss, metrics
 
     def _split(self, rows: Sequence[Row], experience: Experience) -> list[MiniBatch]:
-        records, parts = experience.records, self.section.mini_batches
+        parts = mini_batch_rows(*experience.rewards.shape, parts=self.section.mini_batches)
         masked = self.section.mask_truncated_completions
-        size = len(records) // parts
         minis = []
-        for m in range(parts):
-            low, high = m * size, (m + 1) * size
-            counted = [r.tokens for r in records[low:high] if r.reward is not None and not (masked and r.truncated)]
+        for numbers in parts:
+            records = [record for record in experience.records if record.index in numbers]
+            counted = [r.tokens for r in records if r.reward is not None and not (masked and r.truncated)]
             divisor = loss_divisor(
                 self.section.loss_type,
-                num_sequences=high - low,
+                num_sequences=len(numbers),
                 num_tokens=sum(counted),
                 max_completion_length=self.max_completion_length,
             )
-            mine = [row for row in rows if low <= row.index < high]
+            mine = [row for row in rows if row.index in numbers]
             minis.append(MiniBatch(pack_rows(mine, max_tokens=self.micro_batch_tokens), divisor))
         return minis
 
@@ -174,6 +178,16 @@ class GRPOUpdate:
         joined = torch.cat(routes)
         load = torch.stack([expert_load(joined[:, layer], experts) for layer in range(joined.shape[1])])
         return sum_tensor_over_ranks(load, self.learner.device)
+
+
+def mini_batch_rows(problems: int, per_problem: int, *, parts: int) -> list[frozenset[int]]:
+    """The row numbers b * G + k of each of `parts` equal mini-batches, which deal out the rows in the order of k, then b.
+
+    Problem b is on rank b % world_size, so a stretch of this order visits the ranks in turn. Example: 4 problems x 2
+    completions in 2 parts: rows {0, 2, 4, 6} (every first completion) and {1, 3, 5, 7}."""
+    order = [b * per_problem + k for k in range(per_problem) for b in range(problems)]
+    size = len(order) // parts
+    return [frozenset(order[m * size : (m + 1) * size]) for m in range(parts)]
 
 
 def _summarize(results: Sequence[StepResult]) -> dict[str, float]:
