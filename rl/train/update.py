@@ -1,9 +1,9 @@
 """Experience -> optimizer steps: mini-batches, old and reference logprobs, and the loss of one micro-batch.
 
-A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Rows are dealt out to mini-batches
-across the problems (the first completion of each problem, then the second of each, ...): the same set of rows on any
-number of ranks, and equally many of them on each rank. DeepSeek-R1 too splits a rollout without regard to groups, at
-random (arXiv 2501.12948); advantages are those of whole groups in any case.
+A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Rows are dealt out to
+mini-batches across the problems (the first completion of each problem, then the second of each, ...): the same set of
+rows on any number of ranks, and equally many of them on each rank. DeepSeek-R1 too splits a rollout without regard to
+groups, at random (arXiv 2501.12948); advantages are those of whole groups in any case.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class GRPOUpdate:
 
 
 def mini_batch_rows(problems: int, per_problem: int, *, parts: int) -> list[frozenset[int]]:
-    """The row numbers b * G + k of each of `parts` equal mini-batches, which deal out the rows in the order of k, then b.
+    """The row numbers b * G + k of each of `parts` equal mini-batches; rows are dealt out in the order of k, then b.
 
     Problem b is on rank b % world_size, so a stretch of this order visits the ranks in turn. Example: 4 problems x 2
     completions in 2 parts: rows {0, 2, 4, 6} (every first completion) and {1, 3, 5, 7}."""

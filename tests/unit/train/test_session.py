@@ -10,7 +10,6 @@ import torch
 from rl.config import ModelSection, load_recipe
 from rl.data import load_tokenizer
 from rl.train import session
-from rl.train.launch import run_command
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -50,12 +49,3 @@ def test_a_tokenizer_larger_than_the_policy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"32 tokens.*20"):
         session.make_policy(model, load_tokenizer(model), seed=0, device=torch.device("cpu"))
     assert isinstance(model, ModelSection)
-
-
-def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, resume = run_command("", ["--config", str(RECIPE), "--resume", "--seed", "3", "--grpo.steps=7"])
-    assert resume and recipe.seed == 3 and recipe.grpo.steps == 7
-    with pytest.raises(SystemExit) as ended:
-        run_command("", ["--config", str(RECIPE), "--grpo.stepps", "7"])
-    assert ended.value.code == 2
-    assert "did you mean" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_mini_batches_deal_rows_out_across_problems() -> None:
     [(4, 4, 4, 2), (4, 4, 4, 4), (32, 16, 16, 8), (32, 8, 16, 16), (6, 4, 3, 2), (8, 2, 8, 2), (8, 3, 6, 4)],
 )
 def test_every_rank_holds_an_equal_part_of_every_mini_batch(problems: int, group: int, parts: int, ranks: int) -> None:
-    """Problem b, with all its rows, is on rank b % ranks; the plan that is printed says rows / ranks / parts for each."""
+    """Problem b, with all its rows, is on rank b % ranks; the printed plan says rows / ranks / parts for each."""
     minis = mini_batch_rows(problems, group, parts=parts)
     assert sorted(row for mini in minis for row in mini) == list(range(problems * group))
     for mini in minis:
