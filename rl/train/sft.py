@@ -21,7 +21,7 @@ from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
 from rl.train.metrics import MetricsLogger, Progress
-from rl.train.session import COLD_START, POLICY_FOLDER, make_policy, open_session
+from rl.train.session import POLICY_FOLDER, make_policy, open_session
 
 
 def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -38,7 +38,7 @@ class ColdStart:
         if recipe.sft is None:
             raise ValueError("this recipe has no section sft, so there is no cold start to run")
         self.recipe, self.section = recipe, recipe.sft
-        self.session = open_session(recipe, folder=recipe.run_folder / COLD_START)
+        self.session = open_session(recipe, stage="sft", resume=resume)
         tokenizer = self.session.tokenizer
         self.rows = load_sft_rows(self.section, recipe.data.template, tokenizer, seed=recipe.seed)
         if recipe.data.eval is not None:
@@ -55,7 +55,7 @@ class ColdStart:
         )
         self.order = ProblemOrder(len(self.rows), derive_seed(recipe.seed, "sft"), self.section.batch_size)
         self.keeper = Keeper(self.session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
-        self.start_step = self.keeper.restore(resume=resume)
+        self.start_step = self.keeper.restore(self.session.found)
 
     def train(self) -> Path:
         """All steps that are left; returns the folder of the trained policy (hub layout)."""

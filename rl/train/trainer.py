@@ -56,7 +56,7 @@ class GRPOTrainer:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         scorer = make_scorer(recipe)
         start_from = starting_point(recipe, recipe.run_folder)
-        session = open_session(recipe)
+        session = open_session(recipe, stage="grpo", resume=resume, start_from=start_from)
         train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
@@ -74,7 +74,7 @@ class GRPOTrainer:
                 params=self.params,
                 seed=recipe.seed,
             )
-        self.start_step = self.keeper.restore(resume=resume)
+        self.start_step = self.keeper.restore(session.found)
 
     def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
         self.recipe, self.session, self.scorer = recipe, session, scorer

@@ -177,7 +177,7 @@ def main() -> None:
         tokens = [
             g.completions[0].token_ids for g in Engine(policy).generate(requests, SamplingParams(12, temperature=0.0))
         ]
-    assert keeper.restore(resume=True) == 1
+    assert keeper.restore(keeper.store.latest_valid()) == 1
     again_metrics = step(1)
     again = weights_of(learner)
     same = all(torch.equal(after[name], again[name]) for name in after)
