@@ -75,6 +75,11 @@ class GRPOTrainer:
                 seed=recipe.seed,
             )
         self.start_step = self.keeper.restore(session.found)
+        self.evaluations: dict[str, dict[str, float] | None] = {
+            "first_evaluation": None,
+            "last_evaluation": None,
+            **self.keeper.extra,
+        }
 
     def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
         self.recipe, self.session, self.scorer = recipe, session, scorer
@@ -101,37 +106,41 @@ class GRPOTrainer:
         self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
 
     def train(self) -> None:
-        """All steps of the recipe that are left."""
+        """All steps of the recipe that are left. An evaluation comes after the checkpoint of its step, so that one that
+        fails costs nothing; a run resumed from that checkpoint makes it again."""
         recipe, steps = self.recipe, self.recipe.grpo.steps
         began = time.monotonic() - self.keeper.elapsed_s
-        first: dict[str, float] | None = self.keeper.extra.get("first_evaluation")
-        last: dict[str, float] | None = self.keeper.extra.get("last_evaluation")
         with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=self.start_step) as log:
-            if self.start_step == 0 and recipe.eval.eval_on_start:
-                first = self._evaluate(0, log)
+            self._evaluate_if_due(self.start_step, log)
             progress = Progress("GRPO", total=steps, initial=self.start_step, disable=not is_main_process())
             for done in range(self.start_step + 1, steps + 1):
                 metrics, experience = self.step(done - 1)
                 self._report(done, metrics, experience, log, progress)
-                if done == steps or (recipe.eval.eval_steps and done % recipe.eval.eval_steps == 0):
-                    last = self._evaluate(done, log)
                 self.keeper.save_if_due(
                     done,
                     recipe.checkpoint.save_steps,
                     total=steps,
                     elapsed_s=time.monotonic() - began,
-                    extra={"first_evaluation": first, "last_evaluation": last},
+                    extra=self.evaluations,
                 )
+                self._evaluate_if_due(done, log)
             progress.close()
-        self._finish(first, last, seconds=time.monotonic() - began)
+            self._finish(log, began=began)
 
-    def _finish(self, first: dict[str, float] | None, last: dict[str, float] | None, *, seconds: float) -> None:
-        """Write what is left to look at: the policy, the summary and the curves."""
+    def _finish(self, log: MetricsLogger, *, began: float) -> None:
+        """Write what is left to look at: the policy, the last evaluation, the summary and the curves."""
         folder = self.session.folder
         if self.recipe.checkpoint.save_final_policy:
             save_final_policy(self.learner, folder / POLICY_FOLDER, self.session.tokenizer)
+        self._evaluate(self.recipe.grpo.steps, log)
         if is_main_process():
-            summary = write_run_report(folder, self.recipe, first=first, last=last, train_seconds=seconds)
+            summary = write_run_report(
+                folder,
+                self.recipe,
+                first=self.evaluations["first_evaluation"],
+                last=self.evaluations["last_evaluation"],
+                train_seconds=time.monotonic() - began,
+            )
             print(closing_text(summary, folder), flush=True)
         self.scorer.close()
 
@@ -194,11 +203,20 @@ class GRPOTrainer:
         if logging.print_samples_every and done % logging.print_samples_every == 0:
             progress.write(experience.sample_text(done))
 
-    def _evaluate(self, step: int, log: MetricsLogger) -> dict[str, float] | None:
+    def _evaluate_if_due(self, done: int, log: MetricsLogger) -> None:
+        """After `done` steps, as the recipe says; the evaluation after the last step is `_finish`'s."""
+        section = self.recipe.eval
+        due = section.eval_steps and done % section.eval_steps == 0 if done else section.eval_on_start
+        if due and done < self.recipe.grpo.steps:
+            self._evaluate(done, log)
+
+    def _evaluate(self, done: int, log: MetricsLogger) -> None:
         if self.evaluator is None:
-            return None
+            return
         began = time.monotonic()
         with self.learner.gathered():
             evaluation: Evaluation = self.evaluator.run()
-        log.log_evaluation(step, {**evaluation.metrics, "time/eval_s": time.monotonic() - began}, evaluation.table())
-        return evaluation.metrics
+        if done == self.start_step:
+            log.forget_evaluation(done)
+        log.log_evaluation(done, {**evaluation.metrics, "time/eval_s": time.monotonic() - began}, evaluation.table())
+        self.evaluations["last_evaluation" if done else "first_evaluation"] = evaluation.metrics

@@ -161,9 +161,7 @@ def main() -> None:
     keeper = Keeper(Path(scratch), learner, keep=2)
 
     def step(number: int) -> dict[str, float]:
-        result = update.run(
-            make_experience(number), step=number, replay_routes=True, after_each=lambda result: None
-        )
+        result = update.run(make_experience(number), step=number, replay_routes=True, after_each=lambda result: None)
         assert result.expert_load is not None
         update_router_biases(learner.policy, result.expert_load, rate=0.01)
         return {**result.metrics, **{f"loss/{i}": r.loss for i, r in enumerate(result.steps)}}
