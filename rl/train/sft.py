@@ -17,6 +17,7 @@ from rl.data import ProblemOrder, load_problems, load_sft_rows, refuse_overlap
 from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
+from rl.train.balance import ExpertLoad, update_router_biases
 from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
@@ -89,8 +90,14 @@ class ColdStart:
         loss_tokens = sum(sum(self.rows[i].loss_mask) for i in indices)
         mine = [_as_row(n, self.rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
         batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens)
-        result = self.learner.step(batches, completion_loss, divisor=loss_tokens, step=step)
+        load = ExpertLoad(self.learner.policy)
+        result = self.learner.step(batches, load.counting(completion_loss), divisor=loss_tokens, step=step)
         check_finite(result, step=step + 1, on_nonfinite=self.section.on_nonfinite)
+        rate = self.recipe.model.router_bias_update_rate
+        if rate:
+            counts = load.over_ranks(self.learner.device)
+            assert counts is not None
+            update_router_biases(self.learner.policy, counts, rate=rate)
         return {
             "loss": result.loss,
             "entropy": result.sums["entropy_sum"] / loss_tokens,

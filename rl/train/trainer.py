@@ -169,7 +169,8 @@ class GRPOTrainer:
                 after_each=partial(check_finite, step=step + 1, on_nonfinite=recipe.optimizer.on_nonfinite),
             )
         with clock("rest"):
-            if recipe.model.router_bias_update_rate and result.expert_load is not None:
+            if recipe.model.router_bias_update_rate:
+                assert result.expert_load is not None
                 update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
             if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
                 assert self.learner.reference is not None

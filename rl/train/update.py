@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from rl.config import GRPOSection
-from rl.distributed import sum_over_ranks, sum_tensor_over_ranks
+from rl.distributed import sum_over_ranks
 from rl.grpo.loss import loss_divisor, policy_loss, summarize_metrics
 from rl.grpo.mismatch import logprob_mismatch, routing_disagreement, summarize_mismatch
-from rl.policy.moe import expert_load
+from rl.train.balance import ExpertLoad
 from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.experience import Experience
 from rl.train.learner import Learner, Scored, StepResult
@@ -35,8 +35,8 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class UpdateResult:
-    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens each expert got on all
-    ranks, or None."""
+    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens that each expert got in
+    them, over all ranks; None for a policy whose experts cannot be seen."""
 
     steps: list[StepResult]
     metrics: dict[str, float]
@@ -71,13 +71,15 @@ class GRPOUpdate:
         spare = next(batch for mini in mini_batches for batch in mini.batches)
         probe = self._probe_without_replay(rows, spare) if replay_routes else {}
         self._score_before_update(mini_batches)
+        load = ExpertLoad(self.learner.policy)
+        loss = load.counting(self.loss)
         results, first = [], step * self.section.num_iterations * len(mini_batches)
         for iteration in range(self.section.num_iterations):
             for m, mini in enumerate(mini_batches):
                 number = first + iteration * len(mini_batches) + m
                 result = self.learner.step(
                     mini.batches,
-                    self.loss,
+                    loss,
                     divisor=mini.divisor,
                     step=number,
                     temperature=self.temperature,
@@ -85,7 +87,7 @@ class GRPOUpdate:
                 )
                 after_each(result)
                 results.append(result)
-        return UpdateResult(results, {**_summarize(results), **probe}, self._expert_load(mini_batches))
+        return UpdateResult(results, {**_summarize(results), **probe}, load.over_ranks(self.learner.device))
 
     def loss(self, scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The GRPO loss of one micro-batch, as a sum, and its metric sums."""
@@ -167,17 +169,6 @@ class GRPOUpdate:
         return {
             name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in summary.items()
         }
-
-    def _expert_load(self, minis: Sequence[MiniBatch]) -> torch.Tensor | None:
-        """Tokens that each expert of each MoE layer got in this step, (Lm, E), over all ranks."""
-        config = getattr(self.learner.policy, "config", None)
-        experts = getattr(config, "n_routed_experts", None)
-        routes = [batch.routes for mini in minis for batch in mini.batches if batch.routes is not None]
-        if not routes or experts is None:
-            return None
-        joined = torch.cat(routes)
-        load = torch.stack([expert_load(joined[:, layer], experts) for layer in range(joined.shape[1])])
-        return sum_tensor_over_ranks(load, self.learner.device)
 
 
 def mini_batch_rows(problems: int, per_problem: int, *, parts: int) -> list[frozenset[int]]:
