@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from rewards.scorer import RewardScorer
 from rl.config import ModelSection, Recipe
 from rl.config.resuming import Stage
-from rl.data import load_tokenizer, sampling_stops
+from rl.data import ProblemSet, load_tokenizer, load_train_and_eval, sampling_stops
 from rl.distributed import die_with_launcher, is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.checkpoint import FoundCheckpoint
+from rl.train.evaluate import rightness_function
 from rl.train.experience import TextOf
 from rl.train.learner import Accelerator, TrainablePolicy, make_accelerator, zero_stage
 from rl.train.policy_check import check_policy, config_values
@@ -93,11 +94,30 @@ def open_session(recipe: Recipe, *, stage: Stage, resume: bool, start_from: Path
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
-    """The recipe's reward functions. ValueError for unknown names, parameters or weights."""
+    """The recipe's reward functions. ValueError for unknown names, parameters or weights, and for an eval.metric that
+    is none of them."""
     rewards = recipe.rewards
-    return RewardScorer(
+    scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
     )
+    rightness_function(scorer.names, recipe.eval.metric)
+    return scorer
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[ProblemSet, ProblemSet | None]:
+    """Problems to train on and held-out ones, if the recipe has any. ValueError: bad rows, held-out problems that are
+    also trained on, fewer problems than a step takes.
+
+    A problem that came twice in a step would be sampled with the same seeds: the same completions twice."""
+    train, held_out = load_train_and_eval(recipe.data, tokenizer, seed=recipe.seed)
+    wanted = recipe.rollout.prompts_per_step
+    if wanted > len(train):
+        dropped = f" ({train.overlong} longer ones were dropped)" if train.overlong else ""
+        raise ValueError(
+            f"rollout.prompts_per_step = {wanted}: data.train holds {len(train)} problems{dropped}; allowed: at most "
+            "that, since a step takes no problem twice"
+        )
+    return train, held_out
 
 
 def make_policy(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_problems, load_sft_rows, refuse_overlap
+from rl.data import ProblemOrder, load_sft_rows, refuse_overlap
 from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
@@ -22,7 +22,7 @@ from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
 from rl.train.metrics import MetricsLogger, Progress
-from rl.train.session import POLICY_FOLDER, make_policy, open_session
+from rl.train.session import POLICY_FOLDER, load_data, make_policy, make_scorer, open_session
 
 
 def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -32,18 +32,20 @@ def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, di
 
 
 class ColdStart:
-    """The `sft` section of a recipe, ready to run. Construction checks and loads everything (ValueError: the recipe or
-    its data)."""
+    """The `sft` section of a recipe, ready to run. Construction checks and loads everything, also what only GRPO will
+    need: a mistake there must not come out when the cold start has been paid for (ValueError: the recipe or its
+    data)."""
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         if recipe.sft is None:
             raise ValueError("this recipe has no section sft, so there is no cold start to run")
         self.recipe, self.section = recipe, recipe.sft
+        make_scorer(recipe).close()
         self.session = open_session(recipe, stage="sft", resume=resume)
         tokenizer = self.session.tokenizer
         self.rows = load_sft_rows(self.section, recipe.data.template, tokenizer, seed=recipe.seed)
-        if recipe.data.eval is not None:
-            held_out = load_problems(recipe.data, tokenizer, "eval", seed=recipe.seed)
+        _, held_out = load_data(recipe, tokenizer)
+        if held_out is not None:
             trained = [row.prompt for row in self.rows]
             refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
         policy = make_policy(recipe.model, tokenizer, seed=recipe.seed, device=self.session.accelerator.device)

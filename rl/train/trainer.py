@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rewards.scorer import RewardScorer
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_train_and_eval
+from rl.data import ProblemOrder
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
@@ -29,7 +29,15 @@ from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
-from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
+from rl.train.session import (
+    POLICY_FOLDER,
+    Session,
+    load_data,
+    make_policy,
+    make_scorer,
+    open_session,
+    starting_point,
+)
 from rl.train.step_metrics import step_metrics
 from rl.train.update import GRPOUpdate
 
@@ -57,7 +65,7 @@ class GRPOTrainer:
         scorer = make_scorer(recipe)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe, stage="grpo", resume=resume, start_from=start_from)
-        train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
+        train, held_out = load_data(recipe, session.tokenizer)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
         rollout = recipe.rollout

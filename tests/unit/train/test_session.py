@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rl.config import load_recipe
+from rl.config import Recipe, load_recipe
 from rl.data import load_tokenizer
-from rl.train import session
+from rl.train import session, sft
+from rl.train.learner import make_accelerator
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -33,3 +35,42 @@ def test_random_policy_gets_its_vocabulary_from_the_tokenizer() -> None:
     assert policy.config.vocab_size == len(tokenizer) == 32
     assert policy.config.eos_token_id == tokenizer.eos_token_id
     assert sum(p.numel() for p in policy.parameters()) == 1_227_936
+
+
+def test_the_metric_must_be_one_of_the_reward_functions() -> None:
+    session.make_scorer(load_recipe(RECIPE, ["--eval.metric=format"])).close()
+    with pytest.raises(ValueError, match=r"eval\.metric = 'acuracy': not among .*allowed: format, accuracy"):
+        session.make_scorer(load_recipe(RECIPE, ["--eval.metric=acuracy"]))
+
+
+def test_a_step_takes_no_problem_twice() -> None:
+    few = ["--data.train.params={split: train, size: 16}"]
+    recipe = load_recipe(RECIPE, few)
+    train, held_out = session.load_data(recipe, load_tokenizer(recipe.model))
+    assert len(train) == 16 and held_out is not None and len(held_out) == 256
+    recipe = load_recipe(RECIPE, [*few, "--rollout.prompts_per_step=17"])
+    with pytest.raises(ValueError, match=r"prompts_per_step = 17: data\.train holds 16 problems; allowed: at most"):
+        session.load_data(recipe, load_tokenizer(recipe.model))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--rewards.reward_funcs=[format, acuracy]", "unknown reward function 'acuracy'"),
+        ("--eval.metric=acuracy", "eval.metric = 'acuracy'"),
+        ("--data.train={source: nowhere.jsonl}", "data.train.source = 'nowhere.jsonl'"),
+        ("--data.train.params={split: train, size: 8}", "rollout.prompts_per_step = 16: data.train holds 8 problems"),
+    ],
+)
+def test_a_cold_start_refuses_what_grpo_would_refuse_after_it(
+    override: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path), override])
+
+    def opened(recipe: Recipe, **options: Any) -> session.Session:
+        return session.Session(recipe, tmp_path, make_accelerator(torch.float32), load_tokenizer(recipe.model), None)
+
+    monkeypatch.setattr(sft, "open_session", opened)
+    with pytest.raises(ValueError) as caught:
+        sft.ColdStart(recipe)
+    assert said in str(caught.value)
