@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards.column_check import missing_columns
 from rewards.math_answer import reference_answer
 from rewards.reward_entry import ROW_ARGUMENTS, RewardEntry
 from rewards.scorer import RewardScorer, ScoredBatch
@@ -133,13 +134,9 @@ def gold_text(entry: RewardEntry, row: Mapping[str, Any]) -> str | None:
 
 def _check_columns(entry: RewardEntry, columns: Mapping[str, Any], report: Report, *, from_data: bool) -> bool:
     """Whether the function has the columns that it needs."""
-    named = [value for key, value in entry.params.items() if key.endswith("_column") and isinstance(value, str)]
-    missing = [name for name in (*entry.required_columns, *entry.columns.values(), *named) if name not in columns]
-    for name in dict.fromkeys(missing):
-        nearest = difflib.get_close_matches(name, columns, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; there are: {', '.join(sorted(columns))}"
-        where = "the dataset" if from_data else "the built-in sample row (give --data)"
-        report.problems.append(f"column {name!r} is missing in {where}{hint}")
+    where = "the dataset" if from_data else "the built-in sample row (give --data)"
+    missing = missing_columns(entry, columns)
+    report.problems += [f"{where}: {problem}" for problem in missing]
     if from_data and not missing:
         _note_near_misses(entry, columns, report)
     return not missing

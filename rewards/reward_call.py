@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from rewards.base import Score
+from rewards.column_check import missing_columns
 from rewards.pool import Outcome, VerifierPool
 from rewards.registry import load_function
 from rewards.reward_entry import RewardEntry
@@ -41,12 +42,6 @@ class Batch:
             if len(values) != rows:
                 raise ValueError(f"{name} has {len(values)} entries for {rows} completions")
 
-    def column(self, name: str, wanted_by: str) -> Sequence[Any]:
-        if name not in self.columns:
-            have = ", ".join(sorted(self.columns)) or "none"
-            raise ValueError(f"{wanted_by} needs the dataset column {name!r}; the dataset has: {have}")
-        return self.columns[name]
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -60,14 +55,10 @@ class Verdict:
 def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     """The keyword arguments for a call with these rows. ValueError for a dataset column that the function needs and the
     dataset lacks."""
+    for problem in missing_columns(entry, batch.columns):
+        raise ValueError(problem)
     arguments: dict[str, Any] = {}
     renamed = set(entry.columns.values())
-    for name in [*entry.required_columns, *renamed]:
-        batch.column(name, entry.name)
-    for key, value in entry.params.items():  # by convention such a parameter names a column
-        if key.endswith("_column") and isinstance(value, str) and value not in batch.columns:
-            have = ", ".join(sorted(batch.columns)) or "none"
-            raise ValueError(f"{entry.name}: {key}: the dataset has no column {value!r}; it has: {have}")
     columns = {key: values for key, values in batch.columns.items() if key not in renamed}
     columns |= {argument: batch.columns[column] for argument, column in entry.columns.items()}
     own = {

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
+_OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "timeout_score", "conversational",
 )  # fmt: skip
@@ -100,15 +101,39 @@ class RewardEntry:
         return any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters)
 
     @property
-    def required_columns(self) -> list[str]:
-        """Dataset columns without which the function cannot be called."""
-        given = {*ROW_ARGUMENTS, "group_ids", *self.params}
-        needed = [
-            key
-            for key, item in self.named_arguments.items()
-            if key not in given and item.default is inspect.Parameter.empty
-        ]
-        return [self.columns.get(key, key) for key in needed]
+    def builtin(self) -> bool:
+        return self.path in BUILTINS.values()
+
+    @property
+    def needed_columns(self) -> dict[str, str]:
+        """Dataset columns without which the function cannot be called -> what asks for each of them."""
+        needed: dict[str, str] = {}
+        for key, item in self.named_arguments.items():
+            if key in (*ROW_ARGUMENTS, "group_ids", *self.params):
+                continue
+            if key in self.columns or item.default is inspect.Parameter.empty:
+                needed[self.columns.get(key, key)] = f"argument {key!r}"
+        needed |= {column: f"columns.{key}" for key, column in self.columns.items() if column not in needed}
+        needed |= {column: key for key, column in self.column_settings.items() if column not in needed}
+        if self.when is not None and self.when.column not in needed:
+            needed[self.when.column] = "when"
+        return needed
+
+    @property
+    def column_settings(self) -> dict[str, str]:
+        """Parameters that name a column, by convention those that end in `_column` -> the column. Of a built-in, the
+        defaults count as well."""
+        settings: dict[str, Any] = dict(self.params)
+        if self.builtin:
+            defaults = {key: item.default for key, item in self.named_arguments.items()}
+            settings = {
+                key: value for key, value in defaults.items() if key not in _OPTIONAL_COLUMN_SETTINGS
+            } | settings
+        return {key: value for key, value in settings.items() if key.endswith("_column") and isinstance(value, str)}
+
+    def holds_for(self, row: Mapping[str, Any]) -> bool:
+        """Whether `when` lets the function score this row."""
+        return self.when is None or self.when.holds(row.get(self.when.column))
 
     def metadata(self) -> dict[str, Any]:
         source = inspect.getsourcefile(inspect.unwrap(self.function))
@@ -153,7 +178,7 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
     settings: dict[str, Any] = {"func": raw} if isinstance(raw, str) else dict(raw)
     for key in settings:
         if key not in ENTRY_KEYS:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, ENTRY_KEYS)} Allowed: {', '.join(ENTRY_KEYS)}")
+            raise ValueError(f"unknown key {key!r}{nearest_name(key, ENTRY_KEYS)} Allowed: {', '.join(ENTRY_KEYS)}")
     name = settings.get("func")
     if not isinstance(name, str) or not name:
         raise ValueError(f"func: {name!r} is not allowed; a registry name, module:function or file.py:function")
@@ -173,7 +198,7 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
         timeout_score=_number_or_none(settings.get("timeout_score"), f"{name}: timeout_score"),
         conversational=bool(settings.get("conversational", False)),
     )
-    _check_arguments(entry, builtin=entry.path in BUILTINS.values())
+    _check_arguments(entry)
     _check_isolation(entry, settings)
     check = getattr(function, "check_params", None)
     if check is not None:
@@ -184,16 +209,16 @@ def _parse_entry(raw: str | Mapping[str, Any], listed_weight: float | None, base
     return entry
 
 
-def _check_arguments(entry: RewardEntry, *, builtin: bool) -> None:
+def _check_arguments(entry: RewardEntry) -> None:
     named = [key for key in entry.named_arguments if key not in (*ROW_ARGUMENTS, "group_ids")]
     for kind, keys in (("params", entry.params), ("columns", entry.columns)):
         for key in keys:
             # A user's function may read what it likes out of **kwargs; of ours we know that a stranger is a
             # misspelling.
-            if key not in named and (builtin or not entry.takes_any):
+            if key not in named and (entry.builtin or not entry.takes_any):
                 allowed = ", ".join(named) or "none"
                 raise ValueError(
-                    f"{entry.name}: {kind}: it has no argument {key!r}{_nearest(key, named)} Allowed: {allowed}"
+                    f"{entry.name}: {kind}: it has no argument {key!r}{nearest_name(key, named)} Allowed: {allowed}"
                 )
     both = sorted(set(entry.params) & set(entry.columns))
     if both:
@@ -248,6 +273,7 @@ def _number_or_none(value: Any, where: str) -> float | None:
     return None if value is None else _number(value, where)
 
 
-def _nearest(key: str, allowed: Sequence[str]) -> str:
+def nearest_name(key: str, allowed: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or `;` where nothing is near."""
     nearest = difflib.get_close_matches(key, allowed, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ";"

@@ -21,13 +21,14 @@ import asyncio
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rewards.base import Score
+from rewards.column_check import column_problems, missing_column, named_functions
 from rewards.pool import VerifierPool, shared_pool
 from rewards.reward_call import (
     Batch,
@@ -201,25 +202,40 @@ class RewardScorer:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._loop = None
 
+    def check_columns(self, columns: Collection[str], *, source: str, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Whether a dataset with these columns can be scored; call it before a run starts to pay.
+
+        source: what to call the dataset in messages ("data.train"). rows: its rows, if every function is meant to apply
+        to some of them. ValueError lists every column that is missing (an argument without a default, one named by a
+        setting such as gold_column or by `columns`, the one that `when` reads, the task column), values of the task
+        column that name no function, and functions that apply to none of the rows.
+        """
+        problems = column_problems(self.entries, self.task_column, columns, rows)
+        if problems:
+            raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
+
     def _rows(self, entry: RewardEntry, batch: Batch) -> list[int]:
         """The rows that the function applies to."""
         rows = list(range(len(batch.completions)))
         if entry.when is not None:
-            values = batch.column(entry.when.column, f"{entry.name}: when")
+            asked_by = f"reward function {entry.name!r}: when"
+            values = self._column(batch, entry.when.column, asked_by)
             rows = [row for row in rows if entry.when.holds(values[row])]
         if self.task_column is not None:
-            wanted = batch.column(self.task_column, "task_column")
-            rows = [row for row in rows if entry.name in self._wanted_names(wanted[row], row)]
+            tasks = self._column(batch, self.task_column, "task_column")
+            rows = [row for row in rows if entry.name in self._named_in(tasks[row], row)]
         return rows
 
-    def _wanted_names(self, value: Any, row: int) -> list[str]:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or any(name not in self.names for name in names):
-            raise ValueError(
-                f"row {row}, column {self.task_column!r}: {value!r} is not allowed; "
-                f"one or a list of: {', '.join(self.names)}"
-            )
-        return list(names)
+    def _column(self, batch: Batch, name: str, asked_by: str) -> Sequence[Any]:
+        if name not in batch.columns:
+            raise ValueError(missing_column(asked_by, name, batch.columns))
+        return batch.columns[name]
+
+    def _named_in(self, task: Any, row: int) -> list[str]:
+        try:
+            return named_functions(task, self.names)
+        except ValueError as error:
+            raise ValueError(f"row {row}, column {self.task_column!r}: {error}") from error
 
     def _call(self, entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
         if not rows:

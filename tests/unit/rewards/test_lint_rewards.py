@@ -69,7 +69,9 @@ def test_exceptions_and_chance_are_found(file: str) -> None:
 def test_columns_that_are_missing_or_nearly_right(file: str) -> None:
     rows = [{"question": "q", "answer": "4", "solutions": "s"}]
     missing = lint_function(f"{file}:wants", rows)
-    assert missing.problems == ["column 'solution' is missing in the dataset; did you mean 'solutions'?"]
+    (problem,) = missing.problems
+    assert problem.startswith("the dataset: reward function 'wants': argument 'solution'")
+    assert "did you mean 'solutions'?" in problem
     assert "the dataset has a column 'answer'" in lint_function(f"{file}:optional", rows).notes[0]
     named = lint_function({"func": "accuracy", "params": {"gold_column": "anser"}}, rows)
     assert "did you mean 'answer'" in named.problems[0]
