@@ -104,12 +104,17 @@ def make_scorer(recipe: Recipe) -> RewardScorer:
     return scorer
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[ProblemSet, ProblemSet | None]:
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scorer: RewardScorer
+) -> tuple[ProblemSet, ProblemSet | None]:
     """Problems to train on and held-out ones, if the recipe has any. ValueError: bad rows, held-out problems that are
-    also trained on, fewer problems than a step takes.
+    also trained on, columns that the reward functions miss, fewer problems than a step takes.
 
     A problem that came twice in a step would be sampled with the same seeds: the same completions twice."""
     train, held_out = load_train_and_eval(recipe.data, tokenizer, seed=recipe.seed)
+    scorer.check_columns(train[0].columns, source="data.train", rows=(problem.columns for problem in train))
+    if held_out is not None:
+        scorer.check_columns(held_out[0].columns, source="data.eval")
     wanted = recipe.rollout.prompts_per_step
     if wanted > len(train):
         dropped = f" ({train.overlong} longer ones were dropped)" if train.overlong else ""

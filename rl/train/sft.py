@@ -40,11 +40,12 @@ class ColdStart:
         if recipe.sft is None:
             raise ValueError("this recipe has no section sft, so there is no cold start to run")
         self.recipe, self.section = recipe, recipe.sft
-        make_scorer(recipe).close()
+        scorer = make_scorer(recipe)
         self.session = open_session(recipe, stage="sft", resume=resume)
         tokenizer = self.session.tokenizer
         self.rows = load_sft_rows(self.section, recipe.data.template, tokenizer, seed=recipe.seed)
-        _, held_out = load_data(recipe, tokenizer)
+        _, held_out = load_data(recipe, tokenizer, scorer)
+        scorer.close()
         if held_out is not None:
             trained = [row.prompt for row in self.rows]
             refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")

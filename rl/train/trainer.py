@@ -65,7 +65,7 @@ class GRPOTrainer:
         scorer = make_scorer(recipe)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe, stage="grpo", resume=resume, start_from=start_from)
-        train, held_out = load_data(recipe, session.tokenizer)
+        train, held_out = load_data(recipe, session.tokenizer, scorer)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
         rollout = recipe.rollout

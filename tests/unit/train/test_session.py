@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from rl.config import Recipe, load_recipe
-from rl.data import load_tokenizer
+from rl.data import ProblemSet, load_tokenizer
 from rl.train import session, sft
 from rl.train.learner import make_accelerator
 
@@ -43,14 +44,27 @@ def test_the_metric_must_be_one_of_the_reward_functions() -> None:
         session.make_scorer(load_recipe(RECIPE, ["--eval.metric=acuracy"]))
 
 
+def load(*overrides: str) -> tuple[ProblemSet, ProblemSet | None]:
+    recipe = load_recipe(RECIPE, overrides)
+    return session.load_data(recipe, load_tokenizer(recipe.model), session.make_scorer(recipe))
+
+
 def test_a_step_takes_no_problem_twice() -> None:
-    few = ["--data.train.params={split: train, size: 16}"]
-    recipe = load_recipe(RECIPE, few)
-    train, held_out = session.load_data(recipe, load_tokenizer(recipe.model))
+    few = "--data.train.params={split: train, size: 16}"
+    train, held_out = load(few)
     assert len(train) == 16 and held_out is not None and len(held_out) == 256
-    recipe = load_recipe(RECIPE, [*few, "--rollout.prompts_per_step=17"])
     with pytest.raises(ValueError, match=r"prompts_per_step = 17: data\.train holds 16 problems; allowed: at most"):
-        session.load_data(recipe, load_tokenizer(recipe.model))
+        load(few, "--rollout.prompts_per_step=17")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_columns_that_the_rewards_read_must_be_there(split: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{i}b+{split[:1].count('t')}=", "answer": "1"} for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load(f"--data.{split}={{source: {file}}}", "--rollout.prompts_per_step=4")
+    with pytest.raises(ValueError, match=rf"data\.{split}: .*accuracy.*answer"):
+        load(f"--data.{split}={{source: {file}, columns: {{gold: answer}}}}", "--rollout.prompts_per_step=4")
 
 
 @pytest.mark.parametrize(
