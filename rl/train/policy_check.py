@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.hf import OWN_TYPES
 from rl.train.checkpoint import load_json
 
-AnyConfig = PolicyConfig | PretrainedConfig
+AnyConfig: TypeAlias = PolicyConfig | PretrainedConfig
 # What makes two configurations of a transformers model the same policy, beside details that it adds when it saves.
 _HF_SHAPE = (
     "model_type",
