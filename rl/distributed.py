@@ -47,11 +47,6 @@ def world_size() -> int:
     return dist.get_world_size() if _initialised() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_rank() -> int:
-    """This process's number on its own machine, 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def local_world_size() -> int:
     """How many processes of the run share this machine, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

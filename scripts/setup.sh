@@ -60,9 +60,10 @@ if [ ! -x .venv/bin/python ]; then
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 say "installing pinned packages (a few minutes the first time)"
-pip install -q --upgrade "pip>=25" "setuptools>=77" wheel ninja
-torch_pin=$(grep '^torch==' scripts/constraints.txt)
-pip install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch_pin"
+pip install -q --upgrade -c scripts/constraints.txt pip setuptools wheel ninja
+# An extra index, since torch's own does not hold the pinned versions of what torch needs; its builds win by their names
+# (2.13.0+cpu is newer than 2.13.0).
+pip install -q -c scripts/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 # deepspeed builds from source and must see the torch that is already there, so no build isolation.
 pip install -q --no-build-isolation -c scripts/constraints.txt -e ".$extra"
 compile_cpu_op

@@ -95,8 +95,3 @@ class Recipe(Section):
             )
         if self.rollout.engine == "hf" and self.grpo.routing_replay is True:
             yield Contradiction("grpo.routing_replay", "needs rollout.engine: in_process, which records the experts")
-        rows = self.rollout.prompts_per_step * self.rollout.num_generations
-        if rows % self.grpo.mini_batches:
-            yield Contradiction(
-                "grpo.mini_batches", f"must divide prompts_per_step x num_generations = {rows} without remainder"
-            )

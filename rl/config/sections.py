@@ -75,7 +75,8 @@ class ModelSection(Section):
     """Run the tokenizer's Python code that lies beside the checkpoint; only if you trust its authors. Code of a model
     is never run."""
     router_bias_update_rate: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Step by which the experts' selection bias follows their load (DeepSeek-V3: 0.001); 0 keeps it frozen."""
+    """Step by which the experts' selection bias follows their load, after every optimizer step of the cold start and
+    every step of GRPO (DeepSeek-V3: 0.001); 0 keeps it frozen."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if (self.name_or_path is None) == (self.from_config is None):

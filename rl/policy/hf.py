@@ -20,7 +20,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.model import Policy, PolicyOutput, init_policy
 from rl.policy.weights import load_policy, save_policy
 
-_OWN_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+OWN_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 # Keys of transformers' configurations that change logits after the output head; lm_head alone would be wrong.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -90,7 +90,7 @@ def load_any(
         raise ValueError(f"{name!r}: no config.json, neither in a folder here nor on the hub: {error}") from error
     if "model_type" not in values:
         raise ValueError(f"{name!r}: no config.json that names a model_type")
-    if values["model_type"] in _OWN_TYPES:
+    if values["model_type"] in OWN_TYPES:
         return load_policy(folder_or_hub_id, dtype=dtype, device=device)
     _check_supported(AutoConfig.from_pretrained(name))
     inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
@@ -106,7 +106,7 @@ def init_any(
 ) -> Policy | HFPolicy:
     """Random weights from a `config.json`-like mapping; `model_type` decides (default deepseek_v3)."""
     model_type = values.get("model_type", "deepseek_v3")
-    if model_type in _OWN_TYPES:
+    if model_type in OWN_TYPES:
         return init_policy(PolicyConfig.from_dict(values), seed=seed, dtype=dtype, device=device)
     others = {key: value for key, value in values.items() if key != "model_type"}
     try:

@@ -22,6 +22,8 @@ import torch
 
 from rl.grpo.logprobs import completion_positions, shift
 
+IDLE = -1  # number of a row that is none of the step's
+
 
 @dataclass(slots=True)
 class Row:
@@ -63,6 +65,11 @@ class MicroBatch:
     routes: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = field(default=None)
     ref_logprobs: torch.Tensor | None = field(default=None)
+
+    @property
+    def idle(self) -> bool:
+        """True for what `idle_micro_batch` makes: no row of the step."""
+        return self.rows[0].index == IDLE
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch with every tensor on `device`."""
@@ -128,7 +135,7 @@ def idle_micro_batch(like: MicroBatch) -> MicroBatch:
     routes = None if like.routes is None or row.routes is None else row.routes[:1]
     logprobs = None if row.sampling_logprobs is None else row.sampling_logprobs[:1]
     idle = Row(
-        index=-1,
+        index=IDLE,
         prompt_ids=row.prompt_ids[:1],
         completion_ids=row.completion_ids[:1],
         sampling_logprobs=logprobs,

@@ -10,8 +10,11 @@ manifest holds. What is inside is the caller's business, but our own state is JS
         save_json(folder / "state.json", {"step": 40})
     found = store.latest_valid()
 
-With several ranks every one enters `writing` and writes its own files; `agree` is how they meet. Reading is for one
-rank, which tells the others: if each looked for itself, a torn file seen by one rank only would mix two steps.
+With several ranks every one enters `writing` and writes its own files; `agree` is how they meet. A rank that fails
+while it writes does not meet the others: what it writes may hold collectives of its own (DeepSpeed's save begins and
+ends with a barrier), and to call another one beside those would leave all ranks waiting. It raises, and the launcher
+ends the rest. Reading is for one rank, which tells the others: if each looked for itself, a torn file seen by one rank
+only would mix two steps.
 """
 
 from __future__ import annotations
@@ -91,17 +94,19 @@ class CheckpointStore:
     def writing(self, step: int) -> Iterator[Path]:
         """A folder to write the checkpoint of `step` into, on every rank; published when the block ends well on all.
 
-        A checkpoint of the same step is replaced. Raises CheckpointError when the disk is full or another rank failed;
-        other errors of the block pass through. In all these cases nothing is published.
+        A checkpoint of the same step is replaced. Raises CheckpointError when the disk is full or another rank failed
+        to prepare or publish; other errors of the block pass through. In all these cases nothing is published. A rank
+        whose block fails raises at once and alone: its process must end, so that the launcher ends the others. What
+        was half written then stays, under its temporary name, until the next save or look (others may be writing).
         """
         temporary = self.path(step).with_name(self.path(step).name + _WRITING)
         with self._together(step, temporary):
             if self._is_writer:
                 self.clean()
                 temporary.mkdir(parents=True)
-        with self._together(step, temporary):
+        with self._explaining_full_disk(step):
             yield temporary
-        # Only now: while ranks still write, names come and go.
+        self._agree(True)  # while ranks still write, names come and go
         with self._together(step, temporary):
             sync_tree(temporary)
         with self._together(step, temporary):
@@ -143,14 +148,7 @@ class CheckpointStore:
     def _publish(self, step: int, temporary: Path) -> None:
         save_json(temporary / MANIFEST, {"format": 1, "step": step, "files": _describe_files(temporary)})
         _sync(temporary)
-        final = self.path(step)
-        aside = final.with_name(final.name + _REPLACED)
-        if final.exists():
-            os.rename(final, aside)
-        os.rename(temporary, final)
-        _sync(self.folder)
-        if aside.exists():
-            shutil.rmtree(aside)
+        replace_folder(temporary, self.path(step))
         if self.keep is not None:
             for old in [other for other in self.steps() if other != step][: max(0, len(self.steps()) - self.keep)]:
                 self._remove(self.path(old))
@@ -163,21 +161,28 @@ class CheckpointStore:
 
     @contextmanager
     def _together(self, step: int, temporary: Path) -> Iterator[None]:
-        """Run one phase on all ranks: when it fails anywhere, every rank raises, and no rank waits for ever."""
+        """Run one phase, free of collectives, on all ranks: when it fails anywhere, every rank raises, and no rank
+        waits for ever."""
         mine = False
         try:
-            yield
+            with self._explaining_full_disk(step):
+                yield
             mine = True
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_disk_full(error):
-                raise
-            raise CheckpointError(self._explain_full_disk(step, error)) from error
         finally:
             everyone = self._agree(mine)
             if not everyone and self._is_writer:
                 shutil.rmtree(temporary, ignore_errors=True)
         if not everyone:
             raise CheckpointError(f"the checkpoint of step {step} was given up: another rank failed to write its part")
+
+    @contextmanager
+    def _explaining_full_disk(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_disk_full(error):
+                raise
+            raise CheckpointError(self._explain_full_disk(step, error)) from error
 
     def _explain_full_disk(self, step: int, error: Exception) -> str:
         steps = self.steps()
@@ -212,6 +217,20 @@ def find_damage(path: Path) -> str | None:
         if found != wanted:
             return f"{name} has another sha256 than when it was written"
     return None
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """`new` takes the place of `final`, which may exist; at every moment one of the two is whole on the disk.
+
+    The old folder is moved aside first, to `<final>.replaced`, where a crash between the two renames leaves it."""
+    aside = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(new, final)
+    _sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -7,7 +7,6 @@ run id, and a small JSON state. No random state: every draw is derived from the 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -20,13 +19,24 @@ from transformers import PreTrainedTokenizerBase
 
 from rl.distributed import barrier, gather_objects, is_main_process, world_size
 from rl.policy.hf import save_any
-from rl.train.checkpoint import CheckpointStore, load_json, load_tensors, save_json, save_tensors
+from rl.train.checkpoint import (
+    CheckpointStore,
+    FoundCheckpoint,
+    load_json,
+    load_tensors,
+    replace_folder,
+    save_json,
+    save_tensors,
+    sync_tree,
+)
 from rl.train.learner import Learner, StepResult
 from rl.train.metrics import RUN_ID_FILE
+from rl.train.run_folder import CHECKPOINTS, RECIPE_FILE, STATE_FILE
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite and the recipe says to stop. The weights are those before the step."""
+    """The loss or the gradient was not finite and the recipe says to stop. The weights are those before
+    that optimizer step."""
 
 
 class Keeper:
@@ -40,33 +50,16 @@ class Keeper:
         self.elapsed_s = 0.0
         self.extra: dict[str, Any] = {}
         self.store = CheckpointStore(
-            folder / "checkpoints", keep=keep, is_writer=is_main_process(), agree=lambda mine: all(gather_objects(mine))
+            folder / CHECKPOINTS, keep=keep, is_writer=is_main_process(), agree=lambda mine: all(gather_objects(mine))
         )
 
-    def restore(self, *, resume: bool) -> int:
-        """The step to go on with: 0, or that of the newest whole checkpoint when `resume`.
-
-        Without `resume`, checkpoints of an earlier run in the folder are an error (ValueError), never overwritten."""
-        if not resume:
-            if self.store.steps():
-                raise ValueError(
-                    f"{self.store.folder} holds checkpoints of an earlier run (steps {self.store.steps()}): add "
-                    "--resume to continue it, or choose another output_dir or name"
-                )
-            return 0
-        found = self.store.latest_valid() if is_main_process() else None
+    def restore(self, found: FoundCheckpoint | None) -> int:
+        """Take up the state of the checkpoint that `claim_folder` found on rank 0; returns the step to go on with, 0
+        without one. What other ranks pass does not matter."""
         [found] = _from_rank_zero([found])
         if found is None:
-            if is_main_process():
-                print(f"[aha] nothing to resume in {self.store.folder}; starting at step 0", flush=True)
             return 0
-        if is_main_process():
-            for reason in found.skipped:
-                print(f"[aha] skipped a damaged checkpoint: {reason}", file=sys.stderr, flush=True)
-            self.store.discard_after(found.step)
-        barrier()
-        state = load_json(found.path / "trainer.json")
-        self._check_same_launch(state, found.path)
+        state = load_json(found.path / STATE_FILE)
         self.learner.load_state(str(found.path))
         _load_buffers(self.learner, load_tensors(found.path / "buffers.safetensors"))
         self.elapsed_s = float(state["elapsed_s"])
@@ -94,46 +87,41 @@ class Keeper:
                     "zero_stage": self.learner.stage,
                     "extra": extra or {},
                 }
-                save_json(folder / "trainer.json", state)
-                for name in ("recipe.yaml", RUN_ID_FILE):
+                save_json(folder / STATE_FILE, state)
+                for name in (RECIPE_FILE, RUN_ID_FILE):
                     if (self.folder / name).exists():
                         shutil.copy(self.folder / name, folder / name)
 
-    def check_finite(self, result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
-        """Stop the run, or say that the step was skipped, when loss or gradient were not finite."""
-        if not result.skipped and math.isfinite(result.loss):
-            return
-        message = (
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-            "the weights were not changed"
-        )
-        if on_nonfinite == "stop":
-            raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
-        if is_main_process():
-            print(f"[aha] {message}; skipped", file=sys.stderr, flush=True)
 
-    def _check_same_launch(self, state: dict[str, Any], path: Path) -> None:
-        for key, now in (("world_size", world_size()), ("zero_stage", self.learner.stage)):
-            if state[key] != now:
-                raise ValueError(
-                    f"{path} was written with {key} = {state[key]}, this launch has {now}; resume with the same"
-                )
+def check_finite(result: StepResult, *, step: int, on_nonfinite: Literal["stop", "skip"]) -> None:
+    """Stop the run, or say that an optimizer step was skipped, when its loss or gradient was not finite. step: of the
+    run, counted as the log does, from 1."""
+    if not result.skipped and math.isfinite(result.loss):
+        return
+    message = (
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+        "this optimizer step did not change the weights"
+    )
+    if on_nonfinite == "stop":
+        raise NonFiniteError(f"{message} (optimizer.on_nonfinite: skip would go on)")
+    if is_main_process():
+        print(f"[aha] {message}; skipped", file=sys.stderr, flush=True)
 
 
 def save_final_policy(
     learner: Learner, folder: Path, tokenizer: PreTrainedTokenizerBase, *, summary: dict[str, Any] | None = None
 ) -> None:
-    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all. `summary` goes beside the
-    folder."""
+    """The policy in the hub's layout, which transformers and vLLM open; whole or not at all: a policy that is there
+    already stays until the new one is on the disk. `summary` goes beside the folder."""
     temporary = folder.with_name(folder.name + ".writing")
     with learner.gathered() as policy:
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
             save_any(policy, temporary, tokenizer=tokenizer)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            sync_tree(temporary)
+            replace_folder(temporary, folder)
             if summary is not None:
-                (folder.parent / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                save_json(folder.parent / "summary.json", summary)
     barrier()
 
 

@@ -118,6 +118,17 @@ class MetricsLogger:
             self._tracker.log(step, metrics)
             self._tracker.log_table(step, "eval/completions", rows)
 
+    def forget_evaluation(self, step: int) -> None:
+        """Take the evaluation of a step, of a run that ended in it or after it, out of the record: it is made again."""
+        if not self._tells:
+            return
+
+        def of_step(row: Mapping[str, Any]) -> bool:
+            return row.get("stage") == self.stage and row["step"] == step
+
+        self._record(EVALUATIONS_FILE).remove(of_step)
+        self._record(METRICS_FILE).remove(lambda row: of_step(row) and any(name.startswith("eval/") for name in row))
+
     def close(self, *, failed: bool = False) -> None:
         """End the records and the tracker's run. Called by the context manager."""
         for record in self._records.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, cast
 
@@ -40,8 +40,12 @@ class JsonLines:
 
     def truncate_after(self, step: int, *, stage: str) -> int:
         """Remove the rows of `stage` of later steps, as a run that goes on from `step` must; returns how many."""
+        return self.remove(lambda row: row.get("stage") == stage and row["step"] > step)
+
+    def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Remove the rows that `unwanted` picks; returns how many."""
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if not _is_later(line, step, stage)]
+        kept = [line for line in lines if not unwanted(json.loads(line))]
         if len(kept) < len(lines):
             self._file.close()
             _replace(self.path, b"".join(kept))
@@ -89,11 +93,6 @@ def to_json(value: Any) -> Any:
 def _whole_part(data: bytes) -> bytes:
     """Without a last line that has no end: its writer was killed."""
     return data[: data.rfind(b"\n") + 1]
-
-
-def _is_later(line: bytes, step: int, stage: str) -> bool:
-    row = json.loads(line)
-    return row.get("stage") == stage and row["step"] > step
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -1,45 +1,48 @@
 """What every kind of run needs before its first step: recipe checks, folder, tokenizer, data, policy, engine.
 
-Cheap checks come first (recipe, batch arithmetic, reward functions, data), weights last, so that a mistake costs
-seconds.
+Cheap checks come first (recipe, batch arithmetic, reward functions, the policy's configuration, the run folder, data),
+weights last, so that a mistake costs seconds.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rewards.scorer import RewardScorer
 from rl.config import ModelSection, Recipe
-from rl.data import load_tokenizer, sampling_stops
+from rl.config.resuming import Stage
+from rl.data import ProblemSet, load_tokenizer, load_train_and_eval, sampling_stops
 from rl.distributed import die_with_launcher, is_main_process, share_cpu_threads, world_size
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
+from rl.train.checkpoint import FoundCheckpoint
+from rl.train.evaluate import rightness_function
 from rl.train.experience import TextOf
-from rl.train.learner import Accelerator, TrainablePolicy, make_accelerator
+from rl.train.learner import Accelerator, TrainablePolicy, make_accelerator, zero_stage
+from rl.train.policy_check import check_policy, config_values
+from rl.train.run_folder import claim_folder
 from rl.types import RolloutEngine, SamplingParams
 
 COLD_START = "cold_start"
 POLICY_FOLDER = "policy"
-LOCK_FILE = ".lock"
-_LOCKS: list[IO[str]] = []  # open files; the lock goes with the process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(slots=True)
 class Session:
-    """A run's surroundings on this process. folder: where everything of the run is written."""
+    """A run's surroundings on this process. folder: where everything of the run is written. found: on rank 0, the
+    checkpoint to go on from, if there is one."""
 
     recipe: Recipe
     folder: Path
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
+    found: FoundCheckpoint | None
 
     @property
     def decode(self) -> TextOf:
@@ -71,39 +74,55 @@ class Session:
         )
 
 
-def open_session(recipe: Recipe, *, folder: Path | None = None) -> Session:
-    """Check the recipe against this launch, make the run folder and write the resolved recipe into it."""
+def open_session(recipe: Recipe, *, stage: Stage, resume: bool, start_from: Path | None = None) -> Session:
+    """Check the recipe against this launch and its policy, and claim the run folder for it (the cold start's is inside
+    that of the run)."""
     die_with_launcher()
     plan = recipe.batch_plan(world_size())
+    tokenizer = load_tokenizer(recipe.model)
+    check_policy(recipe, tokenizer, start_from=start_from)
     accelerator = make_accelerator(DTYPES[recipe.model.dtype])
     share_cpu_threads()
-    folder = folder or recipe.run_folder
+    folder = recipe.run_folder / COLD_START if stage == "sft" else recipe.run_folder
+    found = None
     if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
-        recipe.dump(folder / "recipe.yaml")
         print(f"[aha] run folder {folder}\n[aha] batch plan on {plan.world_size} process(es)\n{plan}", flush=True)
+        found = claim_folder(folder, recipe, stage=stage, resume=resume, zero_stage=zero_stage(accelerator))
     else:
         logging.getLogger().setLevel(logging.ERROR)
-    return Session(recipe, folder, accelerator, load_tokenizer(recipe.model))
-
-
-def _lock(folder: Path) -> None:
-    """Hold the run folder for as long as this process lives. ValueError if another run holds it."""
-    handle = (folder / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another run; choose another output_dir or name, or end it") from None
-    _LOCKS.append(handle)
+    return Session(recipe, folder, accelerator, tokenizer, found)
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
-    """The recipe's reward functions. ValueError for unknown names, parameters or weights."""
+    """The recipe's reward functions. ValueError for unknown names, parameters or weights, and for an eval.metric that
+    is none of them."""
     rewards = recipe.rewards
-    return RewardScorer(
+    scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
     )
+    rightness_function(scorer.names, recipe.eval.metric)
+    return scorer
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scorer: RewardScorer
+) -> tuple[ProblemSet, ProblemSet | None]:
+    """Problems to train on and held-out ones, if the recipe has any. ValueError: bad rows, held-out problems that are
+    also trained on, columns that the reward functions miss, fewer problems than a step takes.
+
+    A problem that came twice in a step would be sampled with the same seeds: the same completions twice."""
+    train, held_out = load_train_and_eval(recipe.data, tokenizer, seed=recipe.seed)
+    scorer.check_columns(train[0].columns, source="data.train", rows=(problem.columns for problem in train))
+    if held_out is not None:
+        scorer.check_columns(held_out[0].columns, source="data.eval")
+    wanted = recipe.rollout.prompts_per_step
+    if wanted > len(train):
+        dropped = f" ({train.overlong} longer ones were dropped)" if train.overlong else ""
+        raise ValueError(
+            f"rollout.prompts_per_step = {wanted}: data.train holds {len(train)} problems{dropped}; allowed: at most "
+            "that, since a step takes no problem twice"
+        )
+    return train, held_out
 
 
 def make_policy(
@@ -121,27 +140,9 @@ def make_policy(
     if name is not None:
         policy = load_any(name, dtype=dtype, device=device)
     else:
-        policy = init_any(_config_values(model, tokenizer), seed=seed, dtype=dtype, device=device)
+        policy = init_any(config_values(model, tokenizer), seed=seed, dtype=dtype, device=device)
     policy.gradient_checkpointing = model.gradient_checkpointing
-    known = int(policy.config.vocab_size)
-    if len(tokenizer) > known:
-        raise ValueError(f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {known}")
     return policy
-
-
-def _config_values(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    from rl.policy.weights import read_config
-
-    if isinstance(model.from_config, str):
-        path = Path(model.from_config)
-        values = read_config(path if path.is_dir() else path.parent)
-    else:
-        assert model.from_config is not None
-        values = dict(model.from_config)
-    values.setdefault("vocab_size", len(tokenizer))
-    values.setdefault("eos_token_id", tokenizer.eos_token_id)
-    values.setdefault("pad_token_id", tokenizer.pad_token_id)
-    return values
 
 
 def starting_point(recipe: Recipe, folder: Path) -> Path | None:

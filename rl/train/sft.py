@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_problems, load_sft_rows, refuse_overlap
+from rl.data import ProblemOrder, load_sft_rows, refuse_overlap
 from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
+from rl.train.balance import ExpertLoad, update_router_biases
 from rl.train.batching import MicroBatch, Row, pack_rows
-from rl.train.keeping import Keeper, save_final_policy
+from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
 from rl.train.metrics import MetricsLogger, Progress
-from rl.train.session import COLD_START, POLICY_FOLDER, make_policy, open_session
+from rl.train.session import POLICY_FOLDER, load_data, make_policy, make_scorer, open_session
 
 
 def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -31,18 +32,21 @@ def completion_loss(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, di
 
 
 class ColdStart:
-    """The `sft` section of a recipe, ready to run. Construction checks and loads everything (ValueError: the recipe or
-    its data)."""
+    """The `sft` section of a recipe, ready to run. Construction checks and loads everything, also what only GRPO will
+    need: a mistake there must not come out when the cold start has been paid for (ValueError: the recipe or its
+    data)."""
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         if recipe.sft is None:
             raise ValueError("this recipe has no section sft, so there is no cold start to run")
         self.recipe, self.section = recipe, recipe.sft
-        self.session = open_session(recipe, folder=recipe.run_folder / COLD_START)
+        scorer = make_scorer(recipe)
+        self.session = open_session(recipe, stage="sft", resume=resume)
         tokenizer = self.session.tokenizer
         self.rows = load_sft_rows(self.section, recipe.data.template, tokenizer, seed=recipe.seed)
-        if recipe.data.eval is not None:
-            held_out = load_problems(recipe.data, tokenizer, "eval", seed=recipe.seed)
+        _, held_out = load_data(recipe, tokenizer, scorer)
+        scorer.close()
+        if held_out is not None:
             trained = [row.prompt for row in self.rows]
             refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
         policy = make_policy(recipe.model, tokenizer, seed=recipe.seed, device=self.session.accelerator.device)
@@ -55,7 +59,7 @@ class ColdStart:
         )
         self.order = ProblemOrder(len(self.rows), derive_seed(recipe.seed, "sft"), self.section.batch_size)
         self.keeper = Keeper(self.session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
-        self.start_step = self.keeper.restore(resume=resume)
+        self.start_step = self.keeper.restore(self.session.found)
 
     def train(self) -> Path:
         """All steps that are left; returns the folder of the trained policy (hub layout)."""
@@ -92,8 +96,14 @@ class ColdStart:
         loss_tokens = sum(sum(self.rows[i].loss_mask) for i in indices)
         mine = [_as_row(n, self.rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
         batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens)
-        result = self.learner.step(batches, completion_loss, divisor=loss_tokens, step=step)
-        self.keeper.check_finite(result, step=step, on_nonfinite=self.section.on_nonfinite)
+        load = ExpertLoad(self.learner.policy)
+        result = self.learner.step(batches, load.counting(completion_loss), divisor=loss_tokens, step=step)
+        check_finite(result, step=step + 1, on_nonfinite=self.section.on_nonfinite)
+        rate = self.recipe.model.router_bias_update_rate
+        if rate:
+            counts = load.over_ranks(self.learner.device)
+            assert counts is not None
+            update_router_biases(self.learner.policy, counts, rate=rate)
         return {
             "loss": result.loss,
             "entropy": result.sums["entropy_sum"] / loss_tokens,

@@ -14,21 +14,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rewards.scorer import RewardScorer
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_train_and_eval
+from rl.data import ProblemOrder
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
 from rl.train.evaluate import Evaluation, Evaluator, rightness_function
 from rl.train.experience import Experience, collect
-from rl.train.keeping import Keeper, save_final_policy
+from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
-from rl.train.session import POLICY_FOLDER, Session, make_policy, make_scorer, open_session, starting_point
+from rl.train.session import (
+    POLICY_FOLDER,
+    Session,
+    load_data,
+    make_policy,
+    make_scorer,
+    open_session,
+    starting_point,
+)
 from rl.train.step_metrics import stage_seconds, step_metrics
 from rl.train.update import GRPOUpdate
 
@@ -56,10 +65,10 @@ class GRPOTrainer:
         scorer = make_scorer(recipe)
         self.metric = rightness_function(scorer.entries, recipe.eval.metric)
         start_from = starting_point(recipe, recipe.run_folder)
-        session = open_session(recipe)
+        session = open_session(recipe, stage="grpo", resume=resume, start_from=start_from)
         if self.metric is None and is_main_process():
             print("[aha] no reward function says whether an answer is right: no accuracy (eval.metric can name one)")
-        train, held_out = load_train_and_eval(recipe.data, session.tokenizer, seed=recipe.seed)
+        train, held_out = load_data(recipe, session.tokenizer, scorer)
         self._assemble(recipe, session, scorer, start_from)
         self.train_set = train
         self.dropped = {"overlong_train_prompts": train.overlong}
@@ -79,7 +88,12 @@ class GRPOTrainer:
                 params=self.params,
                 seed=recipe.seed,
             )
-        self.start_step = self.keeper.restore(resume=resume)
+        self.start_step = self.keeper.restore(session.found)
+        self.evaluations: dict[str, dict[str, float] | None] = {
+            "first_evaluation": None,
+            "last_evaluation": None,
+            **self.keeper.extra,
+        }
 
     def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
         self.recipe, self.session, self.scorer = recipe, session, scorer
@@ -106,38 +120,41 @@ class GRPOTrainer:
         self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
 
     def train(self) -> None:
-        """All steps of the recipe that are left."""
+        """All steps of the recipe that are left. An evaluation comes after the checkpoint of its step, so that one that
+        fails costs nothing; a run resumed from that checkpoint makes it again."""
         recipe, steps = self.recipe, self.recipe.grpo.steps
         began = time.monotonic() - self.keeper.elapsed_s
-        first: dict[str, float] | None = self.keeper.extra.get("first_evaluation")
-        last: dict[str, float] | None = self.keeper.extra.get("last_evaluation")
         with MetricsLogger(self.session.folder, recipe, stage="grpo", resume_step=self.start_step) as log:
-            if self.start_step == 0 and recipe.eval.eval_on_start:
-                first = self._evaluate(0, log)
+            self._evaluate_if_due(self.start_step, log)
             progress = Progress("GRPO", total=steps, initial=self.start_step, disable=not is_main_process())
             for done in range(self.start_step + 1, steps + 1):
                 metrics, experience = self.step(done - 1)
                 self._report(done, metrics, experience, log, progress)
-                if done == steps or (recipe.eval.eval_steps and done % recipe.eval.eval_steps == 0):
-                    last = self._evaluate(done, log)
                 self.keeper.save_if_due(
                     done,
                     recipe.checkpoint.save_steps,
                     total=steps,
                     elapsed_s=time.monotonic() - began,
-                    extra={"first_evaluation": first, "last_evaluation": last},
+                    extra=self.evaluations,
                 )
+                self._evaluate_if_due(done, log)
             progress.close()
-        self._finish(first, last, seconds=time.monotonic() - began)
+            self._finish(log, began=began)
 
-    def _finish(self, first: dict[str, float] | None, last: dict[str, float] | None, *, seconds: float) -> None:
-        """Write what is left to look at: the policy, the summary and the curves."""
+    def _finish(self, log: MetricsLogger, *, began: float) -> None:
+        """Write what is left to look at: the policy, the last evaluation, the summary and the curves."""
         folder = self.session.folder
         if self.recipe.checkpoint.save_final_policy:
             save_final_policy(self.learner, folder / POLICY_FOLDER, self.session.tokenizer)
+        self._evaluate(self.recipe.grpo.steps, log)
         if is_main_process():
             summary = write_run_report(
-                folder, self.recipe, first=first, last=last, train_seconds=seconds, dropped=self.dropped
+                folder,
+                self.recipe,
+                first=self.evaluations["first_evaluation"],
+                last=self.evaluations["last_evaluation"],
+                train_seconds=time.monotonic() - began,
+                dropped=self.dropped,
             )
             print(closing_text(summary, folder), flush=True)
         self.scorer.close()
@@ -160,10 +177,14 @@ class GRPOTrainer:
                 clock=clock,
             )
         with clock("update"):
-            result = self.update.run(experience, step=step, replay_routes=self._replays_routes(experience))
-        for update in result.steps:
-            self.keeper.check_finite(update, step=step, on_nonfinite=recipe.optimizer.on_nonfinite)
-        if recipe.model.router_bias_update_rate and result.expert_load is not None:
+            result = self.update.run(
+                experience,
+                step=step,
+                replay_routes=self._replays_routes(experience),
+                after_each=partial(check_finite, step=step + 1, on_nonfinite=recipe.optimizer.on_nonfinite),
+            )
+        if recipe.model.router_bias_update_rate:
+            assert result.expert_load is not None
             update_router_biases(self.learner.policy, result.expert_load, rate=recipe.model.router_bias_update_rate)
         if recipe.grpo.ref_update_steps and (step + 1) % recipe.grpo.ref_update_steps == 0:
             assert self.learner.reference is not None
@@ -201,11 +222,20 @@ class GRPOTrainer:
         if logging.print_samples_every and done % logging.print_samples_every == 0:
             progress.write(experience.sample_text(done))
 
-    def _evaluate(self, step: int, log: MetricsLogger) -> dict[str, float] | None:
+    def _evaluate_if_due(self, done: int, log: MetricsLogger) -> None:
+        """After `done` steps, as the recipe says; the evaluation after the last step is `_finish`'s."""
+        section = self.recipe.eval
+        due = section.eval_steps and done % section.eval_steps == 0 if done else section.eval_on_start
+        if due and done < self.recipe.grpo.steps:
+            self._evaluate(done, log)
+
+    def _evaluate(self, done: int, log: MetricsLogger) -> None:
         if self.evaluator is None:
-            return None
+            return
         began = time.monotonic()
         with self.learner.gathered():
             evaluation: Evaluation = self.evaluator.run()
-        log.log_evaluation(step, {**evaluation.metrics, "time/eval_s": time.monotonic() - began}, evaluation.table())
-        return evaluation.metrics
+        if done == self.start_step:
+            log.forget_evaluation(done)
+        log.log_evaluation(done, {**evaluation.metrics, "time/eval_s": time.monotonic() - began}, evaluation.table())
+        self.evaluations["last_evaluation" if done else "first_evaluation"] = evaluation.metrics

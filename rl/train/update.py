@@ -1,22 +1,23 @@
 """Experience -> optimizer steps: mini-batches, old and reference logprobs, and the loss of one micro-batch.
 
-A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Mini-batch m holds the m-th part
-of the step's rows by row number, so it is the same set of rows on any number of ranks; groups stay together where the
-numbers allow.
+A rollout is used `num_iterations` times, each time in `mini_batches` optimizer steps. Rows are dealt out to
+mini-batches across the problems (the first completion of each problem, then the second of each, ...): the same set of
+rows on any number of ranks, and equally many of them on each rank. DeepSeek-R1 too splits a rollout without regard to
+groups, at random (arXiv 2501.12948); advantages are those of whole groups in any case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from rl.config import GRPOSection
-from rl.distributed import sum_over_ranks, sum_tensor_over_ranks
+from rl.distributed import sum_over_ranks
 from rl.grpo.loss import loss_divisor, policy_loss, summarize_metrics
 from rl.grpo.mismatch import logprob_mismatch, routing_disagreement, summarize_mismatch
-from rl.policy.moe import expert_load
+from rl.train.balance import ExpertLoad
 from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.experience import Experience
 from rl.train.learner import Learner, Scored, StepResult
@@ -34,8 +35,8 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class UpdateResult:
-    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens each expert got on all
-    ranks, or None."""
+    """steps: one per optimizer step. metrics: over all of them. expert_load: (Lm, E) tokens that each expert got in
+    them, over all ranks; None for a policy whose experts cannot be seen."""
 
     steps: list[StepResult]
     metrics: dict[str, float]
@@ -60,27 +61,33 @@ class GRPOUpdate:
         self.temperature = temperature
         self.max_completion_length = max_completion_length
 
-    def run(self, experience: Experience, *, step: int, replay_routes: bool) -> UpdateResult:
-        """All optimizer steps of GRPO step number `step` (0-based)."""
+    def run(
+        self, experience: Experience, *, step: int, replay_routes: bool, after_each: Callable[[StepResult], None]
+    ) -> UpdateResult:
+        """All optimizer steps of GRPO step number `step` (0-based). after_each: called after each optimizer step; what
+        it raises ends the update there."""
         rows = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=replay_routes)
         mini_batches = self._split(rows, experience)
         spare = next(batch for mini in mini_batches for batch in mini.batches)
         probe = self._probe_without_replay(rows, spare) if replay_routes else {}
         self._score_before_update(mini_batches)
+        load = ExpertLoad(self.learner.policy)
+        loss = load.counting(self.loss)
         results, first = [], step * self.section.num_iterations * len(mini_batches)
         for iteration in range(self.section.num_iterations):
             for m, mini in enumerate(mini_batches):
                 number = first + iteration * len(mini_batches) + m
                 result = self.learner.step(
                     mini.batches,
-                    self.loss,
+                    loss,
                     divisor=mini.divisor,
                     step=number,
                     temperature=self.temperature,
                     spare=spare,
                 )
+                after_each(result)
                 results.append(result)
-        return UpdateResult(results, {**_summarize(results), **probe}, self._expert_load(mini_batches))
+        return UpdateResult(results, {**_summarize(results), **probe}, load.over_ranks(self.learner.device))
 
     def loss(self, scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The GRPO loss of one micro-batch, as a sum, and its metric sums."""
@@ -110,20 +117,19 @@ class GRPOUpdate:
         return sums.loss, metrics
 
     def _split(self, rows: Sequence[Row], experience: Experience) -> list[MiniBatch]:
-        records, parts = experience.records, self.section.mini_batches
+        parts = mini_batch_rows(*experience.rewards.shape, parts=self.section.mini_batches)
         masked = self.section.mask_truncated_completions
-        size = len(records) // parts
         minis = []
-        for m in range(parts):
-            low, high = m * size, (m + 1) * size
-            counted = [r.tokens for r in records[low:high] if r.reward is not None and not (masked and r.truncated)]
+        for numbers in parts:
+            records = [record for record in experience.records if record.index in numbers]
+            counted = [r.tokens for r in records if r.reward is not None and not (masked and r.truncated)]
             divisor = loss_divisor(
                 self.section.loss_type,
-                num_sequences=high - low,
+                num_sequences=len(numbers),
                 num_tokens=sum(counted),
                 max_completion_length=self.max_completion_length,
             )
-            mine = [row for row in rows if low <= row.index < high]
+            mine = [row for row in rows if row.index in numbers]
             minis.append(MiniBatch(pack_rows(mine, max_tokens=self.micro_batch_tokens), divisor))
         return minis
 
@@ -164,16 +170,15 @@ class GRPOUpdate:
             name if name.startswith("routing/") else f"{name}_without_replay": value for name, value in summary.items()
         }
 
-    def _expert_load(self, minis: Sequence[MiniBatch]) -> torch.Tensor | None:
-        """Tokens that each expert of each MoE layer got in this step, (Lm, E), over all ranks."""
-        config = getattr(self.learner.policy, "config", None)
-        experts = getattr(config, "n_routed_experts", None)
-        routes = [batch.routes for mini in minis for batch in mini.batches if batch.routes is not None]
-        if not routes or experts is None:
-            return None
-        joined = torch.cat(routes)
-        load = torch.stack([expert_load(joined[:, layer], experts) for layer in range(joined.shape[1])])
-        return sum_tensor_over_ranks(load, self.learner.device)
+
+def mini_batch_rows(problems: int, per_problem: int, *, parts: int) -> list[frozenset[int]]:
+    """The row numbers b * G + k of each of `parts` equal mini-batches; rows are dealt out in the order of k, then b.
+
+    Problem b is on rank b % world_size, so a stretch of this order visits the ranks in turn. Example: 4 problems x 2
+    completions in 2 parts: rows {0, 2, 4, 6} (every first completion) and {1, 3, 5, 7}."""
+    order = [b * per_problem + k for k in range(per_problem) for b in range(problems)]
+    size = len(order) // parts
+    return [frozenset(order[m * size : (m + 1) * size]) for m in range(parts)]
 
 
 def _summarize(results: Sequence[StepResult]) -> dict[str, float]:

@@ -95,6 +95,57 @@ def test_killed_and_resumed(config: str | None, processes: int, launch: Callable
     assert_same_run(whole, killed)
 
 
+BROKEN_REWARD = '''
+"""Raises in evaluations (groups of one) once the process has scored as many training groups as the file says."""
+from pathlib import Path
+
+groups = 0
+
+def guard(prompts, completions, completion_ids, **columns):
+    global groups
+    broken = Path(__file__).with_name("broken")
+    if len(completions) == 1 and broken.exists() and groups >= int(broken.read_text()):
+        raise RuntimeError("this row has no answer")
+    groups += len(completions) > 2
+    return [0.0] * len(completions)
+'''
+
+
+def test_an_evaluation_that_fails_loses_nothing(launch: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(BROKEN_REWARD)
+    more = [f"--rewards.reward_funcs=[format, tag_count, accuracy, '{tmp_path}/own.py:guard']", "--eval.eval_steps=4"]
+    more += ["--eval.eval_on_start=true"]
+    whole, broken = tmp_path / "whole", tmp_path / "run"
+    launch("scripts/grpo.py", arguments(whole, *more))
+
+    def fails_after(groups: int, *words: str) -> list[str]:
+        """Checkpoints left by a run whose evaluation fails after so many groups of training."""
+        (tmp_path / "broken").write_text(str(groups))
+        done = subprocess.run(
+            command("scripts/grpo.py", arguments(broken, *more, *words)),
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode != 0 and "this row has no answer" in done.stderr
+        return sorted(path.name for path in (broken / "checkpoints").iterdir())
+
+    assert fails_after(16)[-1] == "step-00000004"
+    assert fails_after(8, "--resume")[-1] == "step-00000006"  # the evaluation after step 4 went well this time
+    assert fails_after(0, "--resume")[-1] == "step-00000006" and (broken / "policy" / "config.json").exists()
+    (tmp_path / "broken").unlink()
+    for _ in range(2):  # and once more when all is done
+        launch("scripts/grpo.py", arguments(broken, *more, "--resume"))
+        assert_same_run(whole, broken)
+        answers = [(folder / "evaluations.jsonl").read_text() for folder in (whole, broken)]
+        assert answers[0] == answers[1]
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+        for name in ("cold_start_accuracy", "final_accuracy", "final_mean_length"):
+            assert summaries[0][name] == summaries[1][name] is not None
+
+
 def test_damaged_checkpoint_is_skipped_and_a_finished_run_is_not_overwritten(
     launch: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -59,5 +59,7 @@ def test_every_number_that_does_not_divide_is_named(tmp_path: Path) -> None:
         ValueError, match=r"grpo\.mini_batches = 128: must divide the 64 completions of each of 8 processes"
     ):
         recipe(tmp_path, "--grpo.mini_batches=128").batch_plan(8)
+    with pytest.raises(ValueError, match=r"mini_batches = 3: must divide the 512 completions of each of 1 processes"):
+        recipe(tmp_path, "--grpo.mini_batches=3").batch_plan(1)
     with pytest.raises(ValueError, match="world_size = 0"):
         plain.batch_plan(0)

@@ -36,7 +36,6 @@ REFUSED = [
     (["--grpo.delta=1.1"], "grpo.delta = 1.1: must be above 1 + epsilon_high (1.2)"),
     (["--grpo.ref_update_steps=4"], "grpo.ref_update_steps = 4: has no effect while beta is 0"),
     (["--grpo.unbiased_kl=true"], "grpo.unbiased_kl = True: has no effect while beta is 0"),
-    (["--grpo.mini_batches=3"], "grpo.mini_batches = 3: must divide prompts_per_step x num_generations = 128"),
     (
         ["--rollout.engine=hf", "--rollout.cache_bytes=1000"],
         "rollout.cache_bytes = 1000: has no effect with engine: hf",

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from rl.train import checkpoint
 from rl.train.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -21,6 +24,7 @@ from rl.train.checkpoint import (
     find_damage,
     load_json,
     load_tensors,
+    replace_folder,
     save_json,
     save_tensors,
 )
@@ -106,6 +110,8 @@ def test_an_error_in_the_block_publishes_nothing_and_passes_through(tmp_path: Pa
     with pytest.raises(KeyError, match="bug"), store.writing(2) as folder:
         (folder / "half").write_text("x")
         raise KeyError("bug")
+    assert store.steps() == [1]
+    store.latest_valid()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -237,7 +243,8 @@ def test_every_writer_that_meets_a_full_disk_is_recognised(tmp_path: Path, write
 
 
 def run_ranks(folder: Path, bodies: list[Callable[[Path], object]]) -> list[BaseException | None]:
-    """One thread a rank; `agree` is an all-reduce through a barrier."""
+    """One thread a rank; `agree` is an all-reduce through a barrier, which breaks when a rank fails while it writes, as
+    the launcher ends the others then."""
     world = len(bodies)
     barrier, votes = threading.Barrier(world, timeout=20), [True] * world
     errors: list[BaseException | None] = [None] * world
@@ -250,11 +257,18 @@ def run_ranks(folder: Path, bodies: list[Callable[[Path], object]]) -> list[Base
             barrier.wait()
             return result
 
+        def body(path: Path) -> None:
+            try:
+                bodies[r](path)
+            except ZeroDivisionError:
+                barrier.abort()
+                raise
+
         store = CheckpointStore(folder, is_writer=r == 0, agree=agree)
         try:
             with store.writing(7) as path:
-                bodies[r](path)
-        except (CheckpointError, ZeroDivisionError) as error:
+                body(path)
+        except (CheckpointError, OSError, ZeroDivisionError, threading.BrokenBarrierError) as error:
             errors[r] = error
 
     threads = [threading.Thread(target=rank, args=(r,)) for r in range(world)]
@@ -274,14 +288,80 @@ def test_ranks_write_their_own_files_into_one_checkpoint(tmp_path: Path) -> None
     assert found is not None and sorted(load_json(found.path / MANIFEST)["files"]) == ["rank0", "rank1", "rank2"]
 
 
+def test_ranks_wait_for_the_slowest_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a rank still writes, names come and go, and whoever walks the folder trips over them."""
+    ended = threading.Event()
+    seen: list[bool] = []
+    monkeypatch.setattr(checkpoint, "sync_tree", lambda folder: seen.append(ended.is_set()))
+    assert run_ranks(tmp_path, [lambda path: None, lambda path: time.sleep(0.2) or ended.set()]) == [None, None]
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize("failing", [0, 1])
-def test_one_failing_rank_stops_all_and_publishes_nothing(tmp_path: Path, failing: int) -> None:
+def test_a_rank_that_fails_while_writing_raises_alone_and_nothing_is_published(tmp_path: Path, failing: int) -> None:
+    """What is written may hold collectives (DeepSpeed's barriers): the failing rank must not call another one."""
     bodies: list[Callable[[Path], object]] = [lambda path: (path / "fine").write_text("x")] * 2
     bodies[failing] = lambda path: 1 // 0
     errors = run_ranks(tmp_path, bodies)
     assert isinstance(errors[failing], ZeroDivisionError)
+    assert isinstance(errors[1 - failing], threading.BrokenBarrierError)
+    assert CheckpointStore(tmp_path).latest_valid() is None
+    assert list(tmp_path.iterdir()) == []  # what the ended ranks left is cleared away by whoever looks next
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_while_the_ranks_meet_stops_all(
+    tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between writing and publishing no collective is under way, so the others are told."""
+    asked = threading.local()
+
+    def failing_sync(path: Path) -> None:
+        if asked.rank == failing:
+            raise PermissionError("no")
+
+    monkeypatch.setattr(checkpoint, "sync_tree", failing_sync)
+    bodies: list[Callable[[Path], object]] = [lambda path, r=r: setattr(asked, "rank", r) for r in range(2)]
+    errors = run_ranks(tmp_path, bodies)
+    assert isinstance(errors[failing], PermissionError)
     assert isinstance(errors[1 - failing], CheckpointError) and "another rank" in str(errors[1 - failing])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_folder_is_replaced_whole_wherever_it_is_interrupted(
+    tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """renames: how many succeed before the crash; two are needed."""
+    final, new, aside = (tmp_path / name for name in ("policy", "policy.writing", "policy.replaced"))
+
+    def write_new(content: str) -> None:
+        new.mkdir(exist_ok=True)
+        (new / "weights").write_text(content)
+
+    write_new("old")
+    replace_folder(new, final)
+    write_new("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crashing_after(renames, os.rename))
+        with pytest.raises(KeyboardInterrupt) if renames < 2 else nullcontext():
+            replace_folder(new, final)
+    kept = final if final.exists() else aside
+    assert (kept / "weights").read_text() == ("old" if renames < 2 else "new")
+    write_new("newer")  # and the next save goes through, whatever was left
+    replace_folder(new, final)
+    assert (final / "weights").read_text() == "newer" and [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def crashing_after(calls: int, function: Callable[..., None]) -> Callable[..., None]:
+    left = iter(range(calls))
+
+    def crashing(*arguments: object) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        function(*arguments)
+
+    return crashing
 
 
 def test_json_and_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:

@@ -62,6 +62,21 @@ def test_record_screen_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_rows(tmp_path / "evaluations.jsonl") == [{"step": 0, "stage": "grpo", "text": "a"}]
 
 
+def test_an_evaluation_that_is_made_again_is_recorded_once(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, recipe(), stage="grpo") as log:
+        for step in (2, 4):
+            log.log(step, {"reward": 0.5})
+            log.log_evaluation(step, {"eval/accuracy": step / 8}, [{"text": "a"}, {"text": "b"}])
+    with MetricsLogger(tmp_path, recipe(), stage="grpo", resume_step=4) as log:
+        log.forget_evaluation(4)
+        log.log_evaluation(4, {"eval/accuracy": 0.75}, [{"text": "c"}])
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row.get("reward"), row.get("eval/accuracy")) for row in rows] == [
+        (2, 0.5, None), (2, None, 0.25), (4, 0.5, None), (4, None, 0.75),
+    ]  # fmt: skip
+    assert [row["text"] for row in read_rows(tmp_path / "evaluations.jsonl")] == ["a", "b", "c"]
+
+
 def test_steps_that_are_not_shown_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLogger(tmp_path, recipe("--logging.report_to=[]"), stage="grpo") as log:
         log._tracker = tracker = _Tracked()  # type: ignore[assignment]

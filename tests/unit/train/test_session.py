@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rl.config import ModelSection, load_recipe
-from rl.data import load_tokenizer
-from rl.train import session
-from rl.train.launch import run_command
+from rl.config import Recipe, load_recipe
+from rl.data import ProblemSet, load_tokenizer
+from rl.train import session, sft
+from rl.train.learner import make_accelerator
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
-
-
-def test_one_run_at_a_time_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_LOCKS", [])
-    session._lock(tmp_path)
-    with pytest.raises(ValueError, match="in use by another run"):
-        session._lock(tmp_path)
-    session._LOCKS.pop().close()
-    session._lock(tmp_path)
 
 
 def test_grpo_starts_from_the_cold_start_or_says_what_to_do(tmp_path: Path) -> None:
@@ -45,17 +38,53 @@ def test_random_policy_gets_its_vocabulary_from_the_tokenizer() -> None:
     assert sum(p.numel() for p in policy.parameters()) == 1_227_936
 
 
-def test_a_tokenizer_larger_than_the_policy_is_refused() -> None:
-    model = load_recipe(RECIPE, ["--model.from_config.vocab_size", "20"]).model
-    with pytest.raises(ValueError, match=r"32 tokens.*20"):
-        session.make_policy(model, load_tokenizer(model), seed=0, device=torch.device("cpu"))
-    assert isinstance(model, ModelSection)
+def test_the_metric_must_be_one_of_the_reward_functions() -> None:
+    session.make_scorer(load_recipe(RECIPE, ["--eval.metric=format"])).close()
+    with pytest.raises(ValueError, match=r"eval\.metric = 'acuracy': not among .*allowed: format, accuracy"):
+        session.make_scorer(load_recipe(RECIPE, ["--eval.metric=acuracy"]))
 
 
-def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, resume = run_command("", ["--config", str(RECIPE), "--resume", "--seed", "3", "--grpo.steps=7"])
-    assert resume and recipe.seed == 3 and recipe.grpo.steps == 7
-    with pytest.raises(SystemExit) as ended:
-        run_command("", ["--config", str(RECIPE), "--grpo.stepps", "7"])
-    assert ended.value.code == 2
-    assert "did you mean" in capsys.readouterr().err
+def load(*overrides: str) -> tuple[ProblemSet, ProblemSet | None]:
+    recipe = load_recipe(RECIPE, overrides)
+    return session.load_data(recipe, load_tokenizer(recipe.model), session.make_scorer(recipe))
+
+
+def test_a_step_takes_no_problem_twice() -> None:
+    few = "--data.train.params={split: train, size: 16}"
+    train, held_out = load(few)
+    assert len(train) == 16 and held_out is not None and len(held_out) == 256
+    with pytest.raises(ValueError, match=r"prompts_per_step = 17: data\.train holds 16 problems; allowed: at most"):
+        load(few, "--rollout.prompts_per_step=17")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_columns_that_the_rewards_read_must_be_there(split: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{i}b+{split[:1].count('t')}=", "answer": "1"} for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load(f"--data.{split}={{source: {file}}}", "--rollout.prompts_per_step=4")
+    with pytest.raises(ValueError, match=rf"data\.{split}: .*accuracy.*answer"):
+        load(f"--data.{split}={{source: {file}, columns: {{gold: answer}}}}", "--rollout.prompts_per_step=4")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--rewards.reward_funcs=[format, acuracy]", "unknown reward function 'acuracy'"),
+        ("--eval.metric=acuracy", "eval.metric = 'acuracy'"),
+        ("--data.train={source: nowhere.jsonl}", "data.train.source = 'nowhere.jsonl'"),
+        ("--data.train.params={split: train, size: 8}", "rollout.prompts_per_step = 16: data.train holds 8 problems"),
+    ],
+)
+def test_a_cold_start_refuses_what_grpo_would_refuse_after_it(
+    override: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path), override])
+
+    def opened(recipe: Recipe, **options: Any) -> session.Session:
+        return session.Session(recipe, tmp_path, make_accelerator(torch.float32), load_tokenizer(recipe.model), None)
+
+    monkeypatch.setattr(sft, "open_session", opened)
+    with pytest.raises(ValueError) as caught:
+        sft.ColdStart(recipe)
+    assert said in str(caught.value)
