@@ -100,7 +100,7 @@ def make_scorer(recipe: Recipe) -> RewardScorer:
     scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
     )
-    rightness_function(scorer.names, recipe.eval.metric)
+    rightness_function(scorer.entries, recipe.eval.metric)
     return scorer
 
 
