@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rl.policy.attention import PackedLayout
@@ -26,12 +27,16 @@ _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_s
 
 
 class HFPolicy(nn.Module):
-    """A transformers causal LM with the policy's call. `inner` is the model itself, `config` its configuration."""
+    """A transformers causal LM with the policy's call. `inner` is the model itself, `config` its configuration.
+
+    Dropout and its like are off for good, also in training and in what is saved: the sampler draws without them, so
+    with them the ratio of new to old probabilities would be noise, and a resumed run another run."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.config: PretrainedConfig = inner.config
         _check_supported(self.config)
+        _switch_noise_off(inner)
         self.inner = inner
         self._checkpointing = False
 
@@ -137,6 +142,21 @@ def save_any(
     cast(Any, policy.inner).save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _switch_noise_off(model: nn.Module) -> None:
+    """Set every probability of dropout (of units, layers, paths) and every router jitter to 0.
+
+    Evaluation mode would do the same but switches gradient checkpointing off as well. Architectures keep the numbers
+    in dropout modules, in attributes of their own modules, and in the configuration, which some read at every call."""
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+    for holder in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def _check_supported(config: PretrainedConfig) -> None:

@@ -127,13 +127,18 @@ class Policy(nn.Module):
             raise ValueError(f"routes have shape {tuple(routes.shape)}; allowed: (T, MoE layers, K) = {expected}")
 
 
+def full_dim(parameter: nn.Parameter) -> int:
+    """Dimensions of the whole parameter: one that ZeRO-3 has split already is flat and keeps its shape beside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def moe_leaf_classes(policy: nn.Module) -> list[type[nn.Module]]:
     """Classes to set as ZeRO-3 leaf modules: every class with a router and fused experts inside, found by structure (a
     child that holds a 3-D parameter), so that blocks of other architectures are found too."""
     found: list[type[nn.Module]] = []
     for module in policy.modules():
         children = (child for child in module.children() if not isinstance(child, nn.Conv1d))  # 3-D too, and no expert
-        fused = any(p.dim() == 3 for child in children for p in child.parameters(recurse=False))
+        fused = any(full_dim(p) == 3 for child in children for p in child.parameters(recurse=False))
         if fused and type(module) not in found:
             found.append(type(module))
     return found

@@ -11,16 +11,21 @@ a small one makes prompts wait; one in which not even a single row fits is a use
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
+
+from rl.distributed import local_world_size
 
 # Prompts are padded to a multiple of this, so that a row's own tokens meet the same vector lanes of the softmax
 # whatever the longest prompt beside it (bit-equal sums), and kernels get aligned rows.
 LENGTH_MULTIPLE = 16
 _FREE_SHARE = 0.6  # of the free memory, when the recipe names no budget: prefill and logits need the rest
+_CPU_MOST = 2**32  # bytes, however much memory is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ def plan_cache(
     prompt (its next-token logits) takes. Besides ceil(slots / group) prompt slots there are half as many for groups
     that linger on a last row, or three times as many where that leaves half of the budget free (with skewed lengths
     most groups linger, and rows that wait for a prompt slot leave their own slots empty). `slots` is a multiple of
-    row_multiple. ValueError names rollout.cache_bytes when not even the smallest rows fit. """
+    row_multiple. ValueError names rollout.cache_bytes when not even the smallest rows fit."""
     prompt_tokens = -(-prompt_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     per_slot = own_tokens * token_bytes + row_bytes
     per_prompt = prompt_tokens * token_bytes + prompt_bytes
@@ -82,12 +87,48 @@ def plan_cache(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a cache may take when the recipe names no budget."""
+    """Bytes that a cache may take when the recipe names no budget.
+
+    On the CPU: an equal share for each process of this machine of what it, or the container, can still give (file cache
+    counts as free), and at most 4 GiB. The budget decides which rows share a batch, and that their rounding; below the
+    cap a resumed run could differ in its last bits from one that was never killed, so the cap is low enough that only
+    a machine that is really short of memory gets there. On a GPU: a share of what is free or held unused by this
+    process, which depends on its neighbours; name rollout.cache_bytes where that matters."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((free + held) * _FREE_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _FREE_SHARE)
+    available = min([psutil.virtual_memory().available, *_cgroup_room()])
+    return min(int(available * _FREE_SHARE) // local_world_size(), _CPU_MOST)
+
+
+def _cgroup_room(memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes left under each memory limit that Linux holds this process to, by version 2 or 1 of its control groups.
+
+    Looks from the process's own group up to the mount: a container may see the host's name of its group, which does not
+    exist inside, while its limit lies at the top."""
+    if not memberships.exists():
+        return
+    for line in memberships.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            top, limit, used = mount, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, used = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = top / name.lstrip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(top) and (group / limit).exists():
+                most = (group / limit).read_text().strip()
+                if most != "max":
+                    yield int(most) - int((group / used).read_text()) + _file_cache(group / "memory.stat")
+
+
+def _file_cache(stat: Path) -> int:
+    """Bytes of a control group's use that the kernel gives back when asked. Version 1 counts subgroups apart."""
+    counts = dict(line.split() for line in stat.read_text().splitlines())
+    return sum(int(counts.get(f"total_{kind}", counts[kind])) for kind in ("active_file", "inactive_file"))
 
 
 class LatentCache:

@@ -120,6 +120,8 @@ def _sample(
         generation_config=config,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([ends]),
+        # Under ZeRO-3 `generate` would keep ranks in step, for ever if one has fewer batches; weights are whole here.
+        synced_gpus=False,
     )
     tokens = output[:, width:].tolist()
     logprobs = torch.stack(recorder.logprobs, dim=1).cpu()

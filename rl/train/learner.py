@@ -28,12 +28,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rl.config import OptimizerSection
 from rl.distributed import max_over_ranks, sum_over_ranks, world_size
 from rl.grpo.logprobs import suggest_chunk_tokens, token_logprobs
 from rl.policy.hf import HFPolicy
-from rl.policy.model import Policy
+from rl.policy.model import Policy, full_dim
 from rl.train.batching import MicroBatch, idle_micro_batch
 from rl.train.reference import ReferenceWeights
 from rl.train.schedule import learning_rate_at
@@ -54,8 +55,9 @@ LossFunction = Callable[[Scored, MicroBatch], tuple[torch.Tensor, dict[str, torc
 
 @dataclass(slots=True)
 class StepResult:
-    """One optimizer step. loss: the total over all ranks, after division. grad_norm: before clipping. skipped: the
-    gradient was not finite and the weights did not move. sums: the loss function's metric sums over all ranks."""
+    """One optimizer step, the same on every rank. loss: the total over all ranks, after division. grad_norm: before
+    clipping. skipped: the loss or the gradient was not finite on some rank, and the weights did not move on any. sums:
+    the loss function's metric sums over all ranks."""
 
     loss: float
     grad_norm: float
@@ -123,6 +125,10 @@ def make_accelerator(dtype: torch.dtype) -> Accelerator:
     stage = zero_stage(accelerator)
     if dtype == torch.bfloat16 and stage == 0:
         raise ValueError("model.dtype: bfloat16 needs ZeRO stage 1, 2 or 3 (the launch config asks for stage 0)")
+    if stage == 3 and not accelerator.state.deepspeed_plugin.zero3_init_flag:
+        # accelerate announces ZeRO-3 to transformers whatever the flag says, and transformers would split weights while
+        # it makes a model, drawing random ones in another order than at every other stage.
+        unset_hf_deepspeed_config()
     return accelerator
 
 
@@ -193,9 +199,6 @@ class Learner:
             set_z3_leaf_modules(scorer, list(leaves))
         return self.accelerator.prepare(scorer, adam)
 
-    # ---- one optimizer step
-    # -------------------------------------------------------------------------------------------------
-
     def step(
         self,
         batches: Sequence[MicroBatch],
@@ -222,13 +225,14 @@ class Learner:
             with self._accumulating(last=i == len(padded) - 1):
                 moved = batch.to(self.device)
                 loss_sum, sums = loss_function(self._score(moved, temperature, num_chunks), moved)
-                self._backward(loss_sum * (self.world_size / divisor))
+                # 0 * inf = NaN: a loss that is not finite spoils its gradient too, so one guard on all ranks sees both.
+                self._backward(loss_sum * (self.world_size / divisor + 0.0 * loss_sum.detach()))
             for name, value in {"loss": loss_sum.detach(), **sums}.items():
                 totals[name] = totals.get(name, 0.0) + value.double()
         grad_norm, skipped = self._finish_step()
         summed = sum_over_ranks({name: float(total) for name, total in totals.items()}, self.device)
         loss = summed.pop("loss") / divisor
-        return StepResult(loss, grad_norm, rate, skipped or not math.isfinite(loss), summed)
+        return StepResult(loss, grad_norm, rate, skipped, summed)
 
     @torch.no_grad()
     def score(
@@ -287,25 +291,20 @@ class Learner:
         if self.stage is None or self.stage == 0:
             limit = self.section.max_grad_norm or float("inf")
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
-            if not math.isfinite(norm):
-                self.module.zero_grad()
-                if self.stage is None:
-                    self.optimizer.zero_grad()
-                return norm, True
-            if self.stage is None:
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            else:
-                self.module.step()
-            return norm, False
+            finite = math.isfinite(norm)
+            if finite:
+                (self.optimizer if self.stage is None else self.module).step()
+            self.module.zero_grad()
+            return norm, not finite
         self.module.step()
         norm = self.module.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         skipped = bool(getattr(self.module.optimizer, "overflow", False)) or not math.isfinite(norm) or norm < 0
+        if skipped and self.stage in (1, 2):
+            # With the optimizer offloaded DeepSpeed keeps the sums of a skipped step, and would skip every later one.
+            gradients = self.module.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
         return norm, skipped
-
-    # ---- weights
-    # ----------------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def gathered(self) -> Iterator[TrainablePolicy]:
@@ -363,7 +362,7 @@ class Learner:
 
 def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only; norms are left alone."""
-    matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() < 2]
+    matrices = [p for p in policy.parameters() if p.requires_grad and full_dim(p) >= 2]
+    vectors = [p for p in policy.parameters() if p.requires_grad and full_dim(p) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,55 +1,47 @@
-"""One process of the invariance test: a fixed experience, two GRPO steps, a rollout, a save and a return to it.
+"""One process of the invariance test: a fixed experience, one GRPO step for each loss in turn, a rollout, a save and a
+return to it.
 
 Run by tests/integration/test_update_invariance.py under several launchers; every launch must give the same numbers.
-Usage: update_worker.py OUT.pt SCRATCH MICRO_BATCH_TOKENS DTYPE LOSS_TYPE
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from rewards.scorer import ScoredBatch
 from rl.config import GRPOSection, OptimizerSection
-from rl.distributed import gather_objects, leave_process_group, rank, world_size
+from rl.distributed import die_with_launcher, gather_objects, leave_process_group, rank, world_size
 from rl.grpo.advantages import group_advantages
-from rl.policy.config import PolicyConfig
-from rl.policy.model import init_policy, moe_leaf_classes
+from rl.policy.hf import init_any, load_any
+from rl.policy.model import Policy, moe_leaf_classes
 from rl.rollout.engine import Engine
+from rl.rollout.hf_engine import HFEngine
 from rl.train.balance import update_router_biases
 from rl.train.batching import MicroBatch, pack_rows
 from rl.train.experience import Experience, RowRecord
 from rl.train.keeping import Keeper
-from rl.train.learner import Learner, Scored, make_accelerator
+from rl.train.learner import Learner, Scored, TrainablePolicy, make_accelerator
 from rl.train.update import GRPOUpdate
 from rl.types import Completion, Problem, RolloutGroup, RolloutRequest, SamplingParams
 
 PROBLEMS, GROUP = 6, 4
-CONFIG = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 40,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "rope_theta": 100.0,
-    "initializer_range": 0.06,
-    "max_position_embeddings": 128,
-}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", help="what this launch found, written by rank 0")
+    parser.add_argument("scratch", help="folder for the checkpoint")
+    parser.add_argument("--model", required=True, help="config.json as text, or the folder of a checkpoint")
+    parser.add_argument("--losses", required=True, help="names, joined by commas; the checkpoint is before the last")
+    parser.add_argument("--tokens", type=int, required=True, help="micro_batch_tokens")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--checkpointing", action="store_true")
+    return parser.parse_args()
 
 
 def make_experience(seed: int) -> Experience:
@@ -105,20 +97,30 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().float().clone() for name, tensor in policy.state_dict().items()}
 
 
-def survives_nan(learner: Learner) -> bool:
-    """A loss that is not a number leaves the weights alone and says so, and the next step is a step again."""
-    [batch] = pack_rows(make_experience(0).rows(mask_truncated=False, replay_routes=True)[:3], max_tokens=10_000)
+FLAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "value": lambda loss: loss + float("nan"),
+    "gradient": lambda loss: loss + (0 * loss).sqrt(),
+    "value and gradient": lambda loss: loss * float("nan"),
+}
 
-    def broken(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return scored.logprobs.sum() * float("nan"), {}
+
+def survives_nan(learner: Learner, flaw: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """A flaw on the last rank alone leaves this rank's weights alone and is told here; the next step is a step
+    again."""
+    rows = make_experience(0).rows(mask_truncated=False, replay_routes=isinstance(learner.policy, Policy))
+    batches = pack_rows(rows[:3], max_tokens=20)
 
     def sound(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return -scored.logprobs.sum(), {}
 
+    def flawed(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, sums = sound(scored, batch)
+        return (flaw(loss) if rank() == world_size() - 1 else loss), sums
+
     before = weights_of(learner)
-    result = learner.step([batch], broken, divisor=1.0, step=50)
+    result = learner.step(batches, flawed, divisor=10.0, step=50)
     after = weights_of(learner)
-    next_result = learner.step([batch], sound, divisor=10.0, step=51)
+    next_result = learner.step(batches, sound, divisor=10.0, step=51)
     moved = weights_of(learner)
     return (
         result.skipped
@@ -129,69 +131,83 @@ def survives_nan(learner: Learner) -> bool:
     )
 
 
-def main() -> None:
-    out, scratch, micro_batch_tokens, dtype_name, loss_type = sys.argv[1:]
-    torch.set_num_threads(1)
-    dtype = getattr(torch, dtype_name)
+def sample(policy: TrainablePolicy) -> list[list[int]]:
+    """Greedy completions of five prompts, divided among the ranks, one row at a time: with two ranks one of them calls
+    the engine's decoder three times and the other twice."""
+    requests = [RolloutRequest(Problem(f"q{i}", "", (3 + i, 5, 7)), (i,)) for i in range(5)]
+    engine = Engine(policy) if isinstance(policy, Policy) else HFEngine(policy, max_batch_size=1)
+    groups = engine.generate(requests[rank() :: world_size()], SamplingParams(12, temperature=0.0))
+    mine = {group.problem.id: group.completions[0].token_ids for group in groups}
+    return [tokens for _, tokens in sorted(item for part in gather_objects(mine) for item in part.items())]
+
+
+def make_learner(arguments: argparse.Namespace) -> Learner:
+    dtype = getattr(torch, arguments.dtype)
     accelerator = make_accelerator(dtype)
-    policy = init_policy(PolicyConfig.from_dict(CONFIG), seed=0, dtype=dtype)
-    learner = Learner(
+    if arguments.model.startswith("{"):
+        policy = init_any(json.loads(arguments.model), seed=0, dtype=dtype)
+    else:
+        policy = load_any(arguments.model, dtype=dtype)
+    policy.gradient_checkpointing = arguments.checkpointing
+    return Learner(
         policy,
         # A large epsilon: Adam divides by |gradient|, so with 1e-8 a rounding error of a gradient near 0 moves a weight
         # by the full learning rate, and the comparison would show Adam instead of the learner.
-        OptimizerSection(learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.01, adam_epsilon=1e-3),
+        OptimizerSection(learning_rate=3e-3, max_grad_norm=0.5, weight_decay=0.01, adam_epsilon=1e-3),
         accelerator=accelerator,
         total_steps=100,
         with_reference=True,
         zero3_leaf_classes=moe_leaf_classes(policy),
     )
-    section = GRPOSection(
-        steps=2,
-        loss_type=loss_type,
-        beta=0.05,
-        unbiased_kl=loss_type == "dapo",
-        num_iterations=2,
-        mini_batches=3,
-        mask_truncated_completions=True,
-    )
-    update = GRPOUpdate(
-        learner, section, micro_batch_tokens=int(micro_batch_tokens), temperature=0.8, max_completion_length=32
-    )
-    keeper = Keeper(Path(scratch), learner, keep=2)
 
-    def step(number: int) -> dict[str, float]:
-        result = update.run(make_experience(number), step=number, replay_routes=True, after_each=lambda result: None)
-        assert result.expert_load is not None
-        update_router_biases(learner.policy, result.expert_load, rate=0.01)
+
+def main() -> None:
+    arguments = parse_arguments()
+    die_with_launcher()
+    torch.set_num_threads(1)
+    learner = make_learner(arguments)
+    keeper = Keeper(Path(arguments.scratch), learner, keep=2)
+
+    def step(number: int, loss: str) -> dict[str, float]:
+        section = GRPOSection(
+            steps=6,
+            loss_type=loss,
+            beta=0.05,
+            unbiased_kl=loss == "dapo",
+            num_iterations=2,
+            mini_batches=3,
+            mask_truncated_completions=True,
+        )
+        update = GRPOUpdate(
+            learner, section, micro_batch_tokens=arguments.tokens, temperature=0.8, max_completion_length=32
+        )
+        replay = isinstance(learner.policy, Policy)
+        result = update.run(make_experience(number), step=number, replay_routes=replay, after_each=lambda result: None)
+        if result.expert_load is not None:
+            update_router_biases(learner.policy, result.expert_load, rate=0.01)
         return {**result.metrics, **{f"loss/{i}": r.loss for i, r in enumerate(result.steps)}}
 
-    metrics = [step(0)]
+    *first, last = enumerate(arguments.losses.split(","))
+    metrics = [step(*each) for each in first]
     keeper.save(1, elapsed_s=0.0)
-    metrics.append(step(1))
+    metrics.append(step(*last))
     after = weights_of(learner)
-    with learner.gathered():
-        requests = [RolloutRequest(Problem(f"q{i}", "", (3 + i, 5, 7)), (i,)) for i in range(4)]
-        tokens = [
-            g.completions[0].token_ids for g in Engine(policy).generate(requests, SamplingParams(12, temperature=0.0))
-        ]
+    with learner.gathered() as policy:
+        tokens = sample(policy)
     assert keeper.restore(keeper.store.latest_valid()) == 1
-    again_metrics = step(1)
+    same_metrics = step(*last) == metrics[-1]
     again = weights_of(learner)
-    same = all(torch.equal(after[name], again[name]) for name in after)
-    resumed_exactly = all(gather_objects(same and again_metrics == metrics[1]))
-    guarded = all(gather_objects(survives_nan(learner)))
+    resumed_exactly = same_metrics and all(torch.equal(after[name], again[name]) for name in after)
+    unguarded = [name for name, flaw in FLAWS.items() if not all(gather_objects(survives_nan(learner, flaw)))]
+    found = {
+        "metrics": metrics,
+        "weights": after,
+        "tokens": tokens,
+        "resumed_exactly": all(gather_objects(resumed_exactly)),
+        "unguarded": unguarded,
+    }
     if rank() == 0:
-        torch.save(
-            {
-                "metrics": metrics,
-                "weights": after,
-                "tokens": tokens,
-                "resumed_exactly": resumed_exactly,
-                "guarded": guarded,
-                "stage": learner.stage,
-            },
-            out,
-        )
+        torch.save(found, arguments.out)
     leave_process_group()
 
 

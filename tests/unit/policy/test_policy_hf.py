@@ -59,6 +59,29 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other, strict=True))
 
 
+TINY = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+NOISY: list[dict[str, Any]] = [
+    # dropout modules, 0.1 by default
+    {"model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    # attributes of layers; whole layers are left out at random
+    {"model_type": "opt", **TINY, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.5, "layerdrop": 0.5},
+    # read from the configuration at every call
+    {"model_type": "falcon", **TINY, "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    # the router's input
+    {"model_type": "mixtral", **TINY, "num_key_value_heads": 2, "intermediate_size": 24, "router_jitter_noise": 0.5},
+]
+
+
+@pytest.mark.parametrize("values", NOISY, ids=lambda values: values["model_type"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_draws_no_noise(values: dict[str, Any], checkpointing: bool) -> None:
+    policy = init_any({**values, "bos_token_id": None, "eos_token_id": None}, seed=1)
+    tokens, cu = batch()
+    sampled_from = policy.eval()(tokens, cu, 6).hidden
+    policy.gradient_checkpointing = checkpointing
+    assert torch.equal(policy.train()(tokens, cu, 6).hidden, sampled_from)
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     policy = qwen()
     save_any(policy, tmp_path / "own")

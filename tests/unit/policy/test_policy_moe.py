@@ -133,4 +133,8 @@ def test_leaf_classes_are_found_by_structure() -> None:
 
     assert moe_leaf_classes(nn.Sequential(Block(), Block())) == [Block]
     assert moe_leaf_classes(init_policy(PolicyConfig.from_dict(SHAPE), seed=0)) == [MoE]
+    split = Block()  # as ZeRO-3 leaves a parameter that it has split
+    split.experts.w = nn.Parameter(torch.zeros(0))
+    split.experts.w.ds_shape = torch.Size([2, 3, 4])
+    assert moe_leaf_classes(split) == [Block]
     assert moe_leaf_classes(nn.Linear(2, 2)) == [] and moe_leaf_classes(nn.Sequential(nn.Conv1d(2, 2, 2))) == []
