@@ -218,5 +218,5 @@ def test_bfloat16_agrees_between_stages(
         baselines["bfloat16"] = plain.run(launch, tmp_path / "two")
     two = baselines["bfloat16"]
     other = Launch(config, 2, losses=FEW, dtype="bfloat16").run(launch, tmp_path / "other")
-    assert largest_difference(two["weights"], other["weights"]) < 1e-2
+    assert largest_difference(two["weights"], other["weights"]) < 2e-2
     assert other["metrics"][1]["loss"] == pytest.approx(two["metrics"][1]["loss"], rel=0.05, abs=0.01)
