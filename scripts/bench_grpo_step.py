@@ -35,7 +35,7 @@ def main() -> None:
     recipe, _ = run_command(__doc__ or "", arguments)
     import torch
 
-    from rl.distributed import is_main_process, leave_process_group
+    from rl.distributed import end_program, is_main_process
     from rl.train.trainer import GRPOTrainer
 
     with user_mistakes():
@@ -69,7 +69,7 @@ def main() -> None:
         }
         if is_main_process():
             print(json.dumps(line), flush=True)
-    leave_process_group()
+    end_program()
 
 
 if __name__ == "__main__":

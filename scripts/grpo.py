@@ -13,13 +13,13 @@ from rl.train.launch import run_command, user_mistakes
 
 def main() -> None:
     recipe, resume = run_command(__doc__ or "")
-    from rl.distributed import leave_process_group
+    from rl.distributed import end_program
     from rl.train.trainer import GRPOTrainer  # after the recipe is known to be good: this loads torch and friends
 
     with user_mistakes():
         trainer = GRPOTrainer(recipe, resume=resume)
     trainer.train()
-    leave_process_group()
+    end_program()
 
 
 if __name__ == "__main__":

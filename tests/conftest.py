@@ -8,6 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+# MKL reads this at its first call. Without it some processors choose another kernel for other row counts, and then
+# nothing above can be batch-invariant (rl/rollout/engine.py).
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import pytest
 import torch
 

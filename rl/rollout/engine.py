@@ -8,7 +8,8 @@ their place.
 A completion depends on the weights, its prompt and its seed: noise is a function of (seed, step, token id), and no
 row reads another. What remains is rounding: where a matmul's bits depend on the other rows, log-probabilities move by
 about 1e-6 and a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too on a
-CPU (bit-equal results for any batch; prompts are then prefilled one at a time).
+CPU (bit-equal results for any batch; prompts are then prefilled one at a time), where MKL is told to keep to one
+kernel: start Python with MKL_CBWR=AUTO,STRICT (needed on a Sapphire Rapids, not on every AVX-512 processor).
 
     engine = Engine(policy, cache_bytes=2**30)
     groups = engine.generate([RolloutRequest(problem, seeds=(1, 2))], SamplingParams(64, stop_token_ids=(2,)))

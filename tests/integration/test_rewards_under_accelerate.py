@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from rewards.pool import shared_pool
 from rewards.scorer import RewardScorer
-from rl.distributed import leave_process_group
+from rl.distributed import end_program
 from tests.hostile_cases import faults, hostile_cases
 
 accelerator = Accelerator(cpu=True)
@@ -49,7 +49,7 @@ Path(f"rank{accelerator.process_index}.json").write_text(json.dumps({
     "same": results == [first], "seconds": seconds, "accuracy": first["accuracy"], "regex": first["regex"],
     "hostile": len(hostile), "faults": found,
 }))
-leave_process_group()
+end_program()
 """
 
 

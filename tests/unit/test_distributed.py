@@ -42,16 +42,17 @@ def test_alone_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TWO_PROCESSES = """
-import sys
+import atexit, sys, threading, time
 import torch.distributed as dist
-from rl.distributed import gather_objects, leave_process_group, rank, sum_over_ranks, world_size
+from rl.distributed import end_program, gather_objects, rank, sum_over_ranks, world_size
 me = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[2], rank=me, world_size=2)
 sums = {"b": 2.0 ** 40 + me, "a": 0.25} if me else {"a": 0.5, "b": 2.0 ** 40}
 print(rank(), world_size(), sum_over_ranks(sums), gather_objects({"me": me}))
-leave_process_group()
-assert (rank(), world_size(), dist.is_initialized()) == (0, 1, False)  # alone again
-leave_process_group()  # and once more does nothing
+atexit.register(print, "at exit")
+threading.Thread(target=time.sleep, args=(60,)).start()  # would keep an interpreter from ending
+end_program()
+print("never")
 """
 
 
@@ -64,5 +65,6 @@ def test_two_processes_add_up() -> None:
     processes = [Popen([*command, str(me), port], stdout=PIPE, stderr=PIPE, text=True, cwd=root) for me in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     for me, (out, err) in enumerate(outputs):
-        expected = f"{me} 2 {{'a': 0.75, 'b': {2.0**41 + 1}}} [{{'me': 0}}, {{'me': 1}}]"
+        expected = f"{me} 2 {{'a': 0.75, 'b': {2.0**41 + 1}}} [{{'me': 0}}, {{'me': 1}}]\nat exit"
         assert out.strip() == expected, err
+    assert [process.returncode for process in processes] == [0, 0]

@@ -15,7 +15,7 @@ import torch
 
 from rewards.scorer import ScoredBatch
 from rl.config import GRPOSection, OptimizerSection
-from rl.distributed import die_with_launcher, gather_objects, leave_process_group, rank, world_size
+from rl.distributed import die_with_launcher, end_program, gather_objects, rank, world_size
 from rl.grpo.advantages import group_advantages
 from rl.policy.hf import init_any, load_any
 from rl.policy.model import Policy, moe_leaf_classes
@@ -208,7 +208,7 @@ def main() -> None:
     }
     if rank() == 0:
         torch.save(found, arguments.out)
-    leave_process_group()
+    end_program()
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ def test_every_refusal_is_told_at_once() -> None:
 
 def test_a_run_may_go_on_for_longer_where_no_schedule_was_laid_over_its_steps() -> None:
     constant = ("--optimizer.lr_scheduler_type=constant", "--sft.lr_scheduler_type=constant")
-    assert changes("--grpo.steps=90", start=constant) == ["grpo.steps: 60 -> 90"]
+    assert changes("--grpo.steps=90", start=constant) == ["grpo.steps: 80 -> 90"]
     assert changes("--sft.steps=700", stage="sft", start=constant) == ["sft.steps: 650 -> 700"]
-    assert changes("--grpo.steps=20", start=constant) == ["grpo.steps: 60 -> 20"]
+    assert changes("--grpo.steps=20", start=constant) == ["grpo.steps: 80 -> 20"]
     with pytest.raises(ValueError, match=r"grpo\.steps: saved 60, given 19 \(20 are done already\)"):
         changes("--grpo.steps=19", start=constant)
     with pytest.raises(ValueError, match=r"grpo\.steps: saved 60, given 90 \(the linear schedule"):

@@ -11,7 +11,7 @@ from rl.policy.model import init_policy
 from rl.train.balance import ExpertLoad, update_router_biases
 from rl.train.batching import MicroBatch, Row, idle_micro_batch, make_micro_batch
 from rl.train.learner import Scored
-from tests.integration.workers.update_worker import CONFIG
+from tests.integration.test_update_invariance import DEEPSEEK
 
 BATCH = make_micro_batch([Row(index=0, prompt_ids=[1, 2], completion_ids=[3, 4])])  # 3 places
 NOTHING = torch.zeros(0)
@@ -50,7 +50,7 @@ def test_experts_that_cannot_be_seen_have_no_load() -> None:
 
 
 def test_biases_of_crowded_experts_fall_and_of_idle_ones_rise() -> None:
-    policy = init_policy(PolicyConfig.from_dict(CONFIG), seed=0)
+    policy = init_policy(PolicyConfig.from_dict(DEEPSEEK), seed=0)
     update_router_biases(policy, torch.tensor([[9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 40]]), rate=0.25)
     biases = [layer.mlp.gate.e_score_correction_bias.tolist() for layer in list(policy.model.layers)[1:]]
     assert biases == [[-0.25, 0.25, 0, 0, 0, 0, 0, 0], [0.25] * 7 + [-0.25]]

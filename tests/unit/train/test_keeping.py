@@ -17,7 +17,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.model import Policy, init_policy
 from rl.policy.weights import load_policy
 from rl.train.keeping import save_final_policy
-from tests.integration.workers.update_worker import CONFIG
+from tests.integration.test_update_invariance import DEEPSEEK
 
 TOKENIZER = load_tokenizer(load_recipe(Path(__file__).parents[3] / "recipes" / "quickstart.yaml").model)
 
@@ -26,7 +26,7 @@ class FakeLearner:
     """Holds a policy and nothing else."""
 
     def __init__(self, seed: int) -> None:
-        self.policy = init_policy(PolicyConfig.from_dict(CONFIG), seed=seed)
+        self.policy = init_policy(PolicyConfig.from_dict(DEEPSEEK), seed=seed)
 
     @contextmanager
     def gathered(self) -> Iterator[Policy]:
