@@ -74,9 +74,9 @@ def test_a_run_may_go_on_for_longer_where_no_schedule_was_laid_over_its_steps() 
     assert changes("--grpo.steps=90", start=constant) == ["grpo.steps: 80 -> 90"]
     assert changes("--sft.steps=700", stage="sft", start=constant) == ["sft.steps: 650 -> 700"]
     assert changes("--grpo.steps=20", start=constant) == ["grpo.steps: 80 -> 20"]
-    with pytest.raises(ValueError, match=r"grpo\.steps: saved 60, given 19 \(20 are done already\)"):
+    with pytest.raises(ValueError, match=r"grpo\.steps: saved 80, given 19 \(20 are done already\)"):
         changes("--grpo.steps=19", start=constant)
-    with pytest.raises(ValueError, match=r"grpo\.steps: saved 60, given 90 \(the linear schedule"):
+    with pytest.raises(ValueError, match=r"grpo\.steps: saved 80, given 90 \(the linear schedule"):
         changes("--grpo.steps=90")
     with pytest.raises(ValueError, match=r"sft\.steps: saved 650, given 700 \(the cosine schedule"):
         changes("--sft.steps=700", stage="sft")
