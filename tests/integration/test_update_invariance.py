@@ -212,12 +212,14 @@ def test_same_step_everywhere(
 def test_bfloat16_agrees_between_stages(
     config: str, launch: Callable[..., str], baselines: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """ZeRO-2 and the others keep the same fp32 master weights, so their bf16 weights agree to bf16 rounding."""
+    """ZeRO-2 and the others keep the same fp32 master weights, so their bf16 weights agree to bf16 rounding.
+    Micro-batches are whole: split ones round otherwise, and where that moves a token over the clip's edge runs part."""
     if "bfloat16" not in baselines:
-        plain = Launch("zero2.yaml", 2, losses=FEW, dtype="bfloat16")
+        plain = Launch("zero2.yaml", 2, losses=FEW, dtype="bfloat16", tokens=WHOLE)
         baselines["bfloat16"] = plain.run(launch, tmp_path / "two")
     two = baselines["bfloat16"]
-    other = Launch(config, 2, losses=FEW, dtype="bfloat16").run(launch, tmp_path / "other")
-    assert largest_difference(two["weights"], other["weights"]) < 2e-2
-    assert other["metrics"][0]["loss"] == pytest.approx(two["metrics"][0]["loss"], rel=0.05, abs=0.01)
-    assert other["metrics"][1]["loss"] == pytest.approx(two["metrics"][1]["loss"], rel=0.05, abs=0.03)  # 0.012 was seen
+    other = Launch(config, 2, losses=FEW, dtype="bfloat16", tokens=WHOLE).run(launch, tmp_path / "other")
+    assert largest_difference(two["weights"], other["weights"]) < 1e-2
+    for step in (0, 1):
+        expected = pytest.approx(two["metrics"][step]["loss"], rel=0.05, abs=0.01)
+        assert other["metrics"][step]["loss"] == expected
