@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# One after the other: a fork bomb of one test uses up the processes that another may have.
+pytestmark = pytest.mark.xdist_group("sandbox")
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_rewards.py"
 
 

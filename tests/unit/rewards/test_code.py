@@ -17,6 +17,9 @@ from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, sam
 from rewards.pool import VerifierPool
 from rewards.sandbox import SandboxUnavailable, isolation_method
 
+# One after the other: a fork bomb of one test uses up the processes that another may have.
+pytestmark = pytest.mark.xdist_group("sandbox")
+
 
 def _isolates() -> bool:
     try:

@@ -15,7 +15,10 @@ from tests.hostile_cases import FILE, faults, hostile_cases
 
 Rows = list[dict[str, Any]]
 
-pytestmark = pytest.mark.skipif(not FILE.exists(), reason="the hostile cases are not here")
+pytestmark = [
+    pytest.mark.skipif(not FILE.exists(), reason="the hostile cases are not here"),
+    pytest.mark.xdist_group("sandbox"),  # its programs bomb, too
+]
 
 
 def _all_faults(rows: Rows) -> list[str]:
