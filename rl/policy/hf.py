@@ -80,6 +80,17 @@ class HFPolicy(nn.Module):
         return PolicyOutput(hidden if layout.padded_rows is None else hidden.index_select(0, layout.padded_rows), None)
 
 
+def read_model_config(name: str) -> dict[str, Any]:
+    """config.json of a checkpoint folder or hub id. ValueError: there is none, or it names no model_type."""
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name)
+    except OSError as error:
+        raise ValueError(f"{name!r}: no config.json, neither in a folder here nor on the hub: {error}") from error
+    if "model_type" not in values:
+        raise ValueError(f"{name!r}: no config.json that names a model_type")
+    return dict(values)
+
+
 def load_any(
     folder_or_hub_id: str | os.PathLike[str],
     *,
@@ -89,12 +100,7 @@ def load_any(
     """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM. No code of the
     checkpoint is run."""
     name = os.fspath(folder_or_hub_id)
-    try:
-        values, _ = PretrainedConfig.get_config_dict(name)
-    except OSError as error:
-        raise ValueError(f"{name!r}: no config.json, neither in a folder here nor on the hub: {error}") from error
-    if "model_type" not in values:
-        raise ValueError(f"{name!r}: no config.json that names a model_type")
+    values = read_model_config(name)
     if values["model_type"] in OWN_TYPES:
         return load_policy(folder_or_hub_id, dtype=dtype, device=device)
     _check_supported(AutoConfig.from_pretrained(name))

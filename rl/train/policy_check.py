@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rl.config import ModelSection, Recipe
 from rl.policy.config import PolicyConfig
-from rl.policy.hf import OWN_TYPES
+from rl.policy.hf import OWN_TYPES, read_model_config
 from rl.train.checkpoint import load_json
 
 AnyConfig: TypeAlias = PolicyConfig | PretrainedConfig
@@ -77,12 +77,7 @@ def config_values(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> di
 
 def _read_config(name: str) -> AnyConfig:
     """The configuration of a checkpoint, a folder or a hub id."""
-    try:
-        values, _ = PretrainedConfig.get_config_dict(name)
-    except OSError as error:
-        raise ValueError(f"{name!r}: no config.json, neither in a folder here nor on the hub: {error}") from error
-    if "model_type" not in values:
-        raise ValueError(f"{name!r}: no config.json that names a model_type")
+    values = read_model_config(name)
     if values["model_type"] not in OWN_TYPES:
         return AutoConfig.from_pretrained(name)
     try:
