@@ -142,6 +142,10 @@ def test_missing_keys_say_what_they_are_for(recipe_file: Path) -> None:
         ("name: [a\n", "is not valid YAML"),
         ("name: !!python/object:os.system x\n", "is not valid YAML"),
         ("- a\n- b\n", "holds a list; a recipe is a mapping"),
+        ("seed: 1\n7: x\n", ":2: a key must be text; put a number, true, false or null in quotes"),
+        ("grpo:\n  null: x\n", ":2: a key must be text"),
+        ("name: a\x00b\n", "is not valid YAML: unacceptable character"),
+        ("name: &a [*a]\n", "an anchor (&name) stands inside itself"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
