@@ -17,8 +17,12 @@ from rl.config.section import Contradiction, Flag, Natural, Number, Positive, Se
 Scalar = str | int | float | bool | None
 
 
+# What a value that is either is called in pydantic's errors, where it is no key.
+TEXT, MAPPING = "<text>", "<mapping>"
+
+
 def _text_or_mapping(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<mapping>"
+    return TEXT if isinstance(value, str) else MAPPING
 
 
 class GeneratedTokenizer(Section):
@@ -52,7 +56,7 @@ class ModelSection(Section):
     """Folder or hub id of a checkpoint to start from."""
     from_config: (
         Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[dict[str, Any], Tag("<mapping>")],
+            Annotated[Text, Tag(TEXT)] | Annotated[dict[str, Any], Tag(MAPPING)],
             Discriminator(_text_or_mapping),
         ]
         | None
@@ -61,7 +65,7 @@ class ModelSection(Section):
     A vocab_size that is left out is the size of the tokenizer."""
     tokenizer: (
         Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[GeneratedTokenizer, Tag("<mapping>")],
+            Annotated[Text, Tag(TEXT)] | Annotated[GeneratedTokenizer, Tag(MAPPING)],
             Discriminator(_text_or_mapping),
         ]
         | None
@@ -213,7 +217,12 @@ class RolloutSection(Section):
 class RewardsSection(Section):
     """How completions are scored."""
 
-    reward_funcs: Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
+    reward_funcs: tuple[
+        Annotated[
+            Annotated[Text, Tag(TEXT)] | Annotated[dict[str, Any], Tag(MAPPING)], Discriminator(_text_or_mapping)
+        ],
+        ...,
+    ]
     """Names of reward functions: a built-in, `package.module:function` or `file.py:function`; or a mapping with `func`
     and settings (weight, params, when, ...; see rewards/reward_entry.py)."""
     reward_weights: tuple[Number, ...] | None = None
@@ -224,6 +233,8 @@ class RewardsSection(Section):
     """Column that names the task of a row, for functions restricted to tasks."""
 
     def contradictions(self) -> Iterator[Contradiction]:
+        if not self.reward_funcs:
+            yield Contradiction("reward_funcs", "is empty; name at least one reward function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             yield Contradiction(
                 "reward_weights",

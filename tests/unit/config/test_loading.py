@@ -106,6 +106,40 @@ def test_a_key_of_another_section_is_sent_there(recipe_file: Path) -> None:
     assert "command line: optimizr: unknown key; did you mean optimizer?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--num_generation=3", "did you mean rollout.num_generations?"),
+        ("--rollout-temperature=3", "did you mean rollout.temperature?"),
+        ("--data.train.max_prompt_lenght=3", "did you mean data.max_prompt_length?"),
+        ("--learning_rte=1", "did you mean optimizer.learning_rate or sft.learning_rate?"),
+    ],
+)
+def test_a_misspelt_key_is_found_in_other_sections(recipe_file: Path, override: str, message: str) -> None:
+    assert message in refusal(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--rewards.reward_funcs=[format, 3]", "command line: rewards.reward_funcs[1] = 3: must be text or a mapping"),
+        ("--rewards.reward_funcs=['']", "command line: rewards.reward_funcs[0] = '': must not be empty"),
+        ("--rewards.reward_funcs=[]", "command line: rewards.reward_funcs = []: is empty; name at least one"),
+        ("--model.tokenizer=[1]", "command line: model.tokenizer = [1]: must be text or a mapping with the keys type"),
+        ("--model.from_config=3", "command line: model.from_config = 3: must be text or a mapping"),
+        ("--rollout.temperature.x=3", "command line: rollout.temperature: must be a valid number"),
+    ],
+)
+def test_one_mistake_is_one_complaint(recipe_file: Path, override: str, message: str) -> None:
+    refused = refusal(recipe_file, override)
+    assert message in refused and ": 1 problem in this recipe:" in refused
+
+
+def test_a_key_in_angle_brackets_is_named(recipe_file: Path) -> None:
+    recipe_file.write_text(MINIMAL.replace("rollout:\n", "rollout:\n  <<: {temperature: 1}\n"))
+    assert "recipe.yaml:13: rollout.<<: unknown key" in refusal(recipe_file)
+
+
 def test_all_problems_come_at_once(recipe_file: Path) -> None:
     message = refusal(
         recipe_file, "--seed=true", "--grpo.loss_type=ppo", "--rollout.num_generations=1", "--grpo.beta=x",
