@@ -5,6 +5,7 @@
 #
 # Started again, it goes on with a run that was interrupted, and shows what came of one that is finished.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '1d; s/^# \{0,1\}//p; /^set/q' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
