@@ -138,15 +138,22 @@ def question_in(row: LocatedRow, template: TemplateSection) -> str | list[dict[s
 
 
 def text_in(row: LocatedRow, column: str) -> str:
-    """A column that must be text and not empty."""
+    """A column that must be text that can be written as UTF-8, and not empty."""
     value = row.columns.get(column)
     if value is None:
         present = ", ".join(map(repr, row.columns)) or "none"
-        raise ValueError(f"{row.place}: column {column!r} is missing; this row has: {present}")
+        raise ValueError(
+            f"{row.place}: column {column!r} is missing; this row has: {present} "
+            f"(columns: {{{column}: OTHER}} in the recipe takes it from another one)"
+        )
     if not isinstance(value, str):
         raise ValueError(f"{row.place}: column {column!r} has the wrong type {type(value).__name__}; expected text")
     if not value.strip():
         raise ValueError(f"{row.place}: column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{row.place}: column {column!r} is no text: half a character ({error})") from error
     return value
 
 

@@ -49,11 +49,15 @@ def test_a_row_becomes_a_problem(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": "2"}, "line 2: column 'prompt' is missing; this row has: 'answer'"),
+        (
+            {"answer": "2"},
+            "line 2: column 'prompt' is missing; this row has: 'answer' (columns: {prompt: OTHER} in the recipe takes",
+        ),
         ({"prompt": None, "answer": "2"}, "line 2: column 'prompt' is missing"),
         ({"prompt": 5, "answer": "2"}, "line 2: column 'prompt' has the wrong type int; expected text"),
         ({"prompt": "  \n", "answer": "2"}, "line 2: column 'prompt' is empty"),
         ({"prompt": "1", "answer": ""}, "line 2: column 'answer' is empty"),
+        ({"prompt": "1\ud83d", "answer": "2"}, "line 2: column 'prompt' is no text: half a character"),
         ({"prompt": "1", "answer": 0.5}, "line 2: column 'answer' has the wrong type float"),
         ({"prompt": "1", "answer": True}, "line 2: column 'answer' has the wrong type bool"),
         ({"prompt": "1"}, "line 2: column 'answer' is missing; this row has: 'prompt'"),
