@@ -103,7 +103,7 @@ def refuse_overlap(
     if both:
         message = (
             f"{len(both)} of {len(held_out)} held-out problems (data.eval) are also trained on ({key}); the first: "
-            f"{both[0].id}: {both[0].prompt[:200]!r}"
+            f"{both[0].id}: {both[0].prompt[-200:]!r}"  # the template's words come before the question
         )
         if on_overlap == "refuse":
             raise ValueError(f"{message}. Remove them, or set data.eval_overlap: warn")

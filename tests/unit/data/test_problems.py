@@ -112,6 +112,9 @@ def test_held_out_prompts_must_not_be_trained_on(
     same = [{"prompt": "1+3"}, {"prompt": " a   b "}]
     with pytest.raises(ValueError, match=r"1 of 2 held-out problems .* are also trained on .* eval/1: ' a   b '"):
         load_train_and_eval(data_section(tmp_path, train, same), tokenizer)
+    long = [{"prompt": "1" * 300 + "+2=?"}]  # the end is shown: a template's words stand before the question
+    with pytest.raises(ValueError, match=r"eval/0: '1{196}\+2=\?'"):
+        load_train_and_eval(data_section(tmp_path, long, long, max_prompt_length=400), tokenizer)
     load_train_and_eval(data_section(tmp_path, train, same, eval_overlap="warn"), tokenizer)
     assert "1 of 2 held-out problems" in caplog.text
 
