@@ -189,7 +189,9 @@ def _draw(axis: Axes, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> bool:
         return True
     for part, label in (([p for p in points if p[0] <= 0], None), ([p for p in points if p[0] > 0], curve.label)):
         if part:
-            axis.plot([p[0] for p in part], [p[1] for p in part], color=curve.color, lw=1.4, label=label)
+            marker = "o" if len(part) == 1 else ""  # a line through one point would not be seen
+            xs, ys = [p[0] for p in part], [p[1] for p in part]
+            axis.plot(xs, ys, color=curve.color, lw=1.4, marker=marker, ms=4, label=label)
     return True
 
 

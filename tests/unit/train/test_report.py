@@ -114,6 +114,16 @@ def test_the_closing_text_names_what_was_written(tmp_path: Path) -> None:
     ]
 
 
+def test_a_single_step_is_seen(tmp_path: Path) -> None:
+    def blue(rows: list[dict[str, Any]], cold_start: list[dict[str, Any]]) -> int:
+        draw_curves(rows, tmp_path / "curves.png", cold_start=cold_start)
+        colors = imread(tmp_path / "curves.png")[..., :3] * 255
+        return int((abs(colors - (31, 119, 180)).sum(-1) < 3).sum())  # matplotlib's tab:blue
+
+    both = blue([{"step": 1, "reward": 1.0, "entropy": 0.5}], [{"step": 20, "entropy": 1.5}])
+    assert both > blue([{"step": 1, "reward": 1.0, "entropy": 0.5}], []) > blue([{"step": 1, "entropy": 0.5}], []) > 0
+
+
 @pytest.mark.parametrize(
     "rows",
     [
