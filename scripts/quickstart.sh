@@ -48,6 +48,6 @@ cat <<'TEXT'
 What to try next:
   bash scripts/quickstart.sh --seed 1                 another seed
   bash scripts/quickstart.sh --grpo.loss_type gspo --name gspo
-  accelerate launch --config_file recipes/accelerate_configs/cpu.yaml scripts/grpo.py --config recipes/gsm8k/tiny_cpu.yaml
+  source .venv/bin/activate && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml scripts/grpo.py --config recipes/gsm8k/tiny_cpu.yaml
   your own reward function: rewards/README.md         your own data: README.md, "Using your data"
 TEXT
