@@ -107,7 +107,8 @@ class DataSource(Section):
     split: Text | None = None
     """Split of a hub data set; left out: "train"."""
     params: dict[str, Any] = Field(default={})
-    """Arguments of the Python function. If it takes `seed` and none is given here, it gets the recipe's."""
+    """Arguments of the Python function. If it takes `seed` and none is given here, it gets one that is derived from the
+    recipe's."""
     limit: Positive | None = None
     """Use only the first rows."""
     columns: dict[Text, Text] = Field(default={})
@@ -296,6 +297,8 @@ class EvalSection(Section):
     """Sample from the smallest set of tokens with this probability; 1: off."""
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
+    min_p: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Sample from the tokens that have at least this share of the likeliest one's probability; 0: off."""
     metric: Text | None = None
     """Reward function whose score of 1 means that an answer is right, in training and held out; left out: accuracy,
     exact_match, multiple_choice, countdown or code, the first in use; with none of them no accuracy is measured."""
@@ -305,6 +308,6 @@ class EvalSection(Section):
     def contradictions(self) -> Iterator[Contradiction]:
         if not self.greedy and self.num_samples == 0:
             yield Contradiction("num_samples", "is 0 and greedy is false: nothing would be evaluated; set one of them")
-        for key in ("temperature", "top_p", "top_k"):
+        for key in ("temperature", "top_p", "top_k", "min_p"):
             if self.num_samples == 0 and self.changed(key):
                 yield Contradiction(key, "has no effect while num_samples is 0")
