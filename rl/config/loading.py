@@ -109,6 +109,8 @@ class _Complaints:
             keys = f" with the keys {', '.join(section.model_fields)}" if section else ""
             text = "text or " if error["loc"][-1] == MAPPING else ""
             return [self._sentence(path, f"must be {text}a mapping{keys}")]
+        if error["type"] == "string_type":
+            return [self._sentence(path, "must be text" + _quoting(error["input"]))]
         if error["type"] == "string_too_short":
             return [self._sentence(path, "must not be empty")]
         reason = error["msg"].replace("Input should be", "must be")
@@ -160,6 +162,14 @@ class _Complaints:
 
 def _name(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the recipe"
+
+
+def _quoting(value: Any) -> str:
+    """How to write a number as text, where `value` is one."""
+    if not isinstance(value, (int, float)):
+        return ""
+    text = str(value).lower()  # true, not True
+    return f"; in a file '{text}' with its quotes, on the command line \"'{text}'\" with both"
 
 
 def _one_line(text: str) -> str:

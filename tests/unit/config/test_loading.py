@@ -128,6 +128,8 @@ def test_a_misspelt_key_is_found_in_other_sections(recipe_file: Path, override: 
         ("--model.tokenizer=[1]", "command line: model.tokenizer = [1]: must be text or a mapping with the keys type"),
         ("--model.from_config=3", "command line: model.from_config = 3: must be text or a mapping"),
         ("--rollout.temperature.x=3", "command line: rollout.temperature: must be a valid number"),
+        ("--name=2024", "command line: name = 2024: must be text; in a file '2024' with its quotes, on the command"),
+        ("--data.train.source=[x.jsonl]", "command line: data.train.source = ['x.jsonl']: must be text"),
     ],
 )
 def test_one_mistake_is_one_complaint(recipe_file: Path, override: str, message: str) -> None:
