@@ -20,7 +20,7 @@ from rl.train.report import closing_text
 folder = pathlib.Path(sys.argv[1])
 print(closing_text(json.loads((folder / "summary.json").read_text()), folder))
 PY
-    echo "[quickstart] to train again: add --seed 1 or --name again (another folder), or remove this one: rm -r $folder"
+    echo "[quickstart] to train again: add --seed 1 or --name again (another folder), or remove this one: rm -r $(printf %q "$folder")"
     exit
 fi
 if [ -d "$folder" ]; then echo "[quickstart] $folder holds an unfinished run: going on with it"; fi

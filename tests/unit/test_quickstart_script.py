@@ -71,14 +71,14 @@ def test_interrupted_grpo_goes_on(project: Path) -> None:
 
 
 def test_a_finished_run_is_shown_and_another_folder_is_another_run(project: Path) -> None:
-    folder = project / "runs" / "quickstart-seed0"
+    folder = project / "runs" / "my run-seed0"
     folder.mkdir(parents=True)
     last = {"eval/accuracy": 0.953, "eval/greedy_mean_length": 50.0}
     summary = {"name": "quickstart", **summarize_run([], seed=0, first=None, last=last, grpo_seconds=120.0)}
     (folder / "summary.json").write_text(json.dumps(summary))
-    launched, printed = quickstart(project)
-    assert launched == [] and "95.3%" in printed and "rm -r runs/quickstart-seed0" in printed
-    assert len(quickstart(project, "--seed=1")[0]) == 2
+    launched, printed = quickstart(project, "--name", "my run")
+    assert launched == [] and "95.3%" in printed and "rm -r runs/my\\ run-seed0" in printed
+    assert len(quickstart(project, "--name", "my run", "--seed=1")[0]) == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--seed", "1", "-h"]])
