@@ -180,6 +180,9 @@ class DataSection(Section):
     """Tokens a prompt may have."""
     overlong_prompts: Literal["drop", "refuse"] = "drop"
     """Longer prompts: drop and count them, or refuse to start."""
+    missing_answers: Literal["refuse", "allow"] = "refuse"
+    """Rows without an `answer` where other rows have one: refuse to start, or give reward functions None for them (for
+    mixtures in which not every row is scored against a reference)."""
     eval_overlap: Literal["refuse", "warn"] = "refuse"
     """When a held-out prompt also occurs in train (compared without case and white space): refuse to start, or warn."""
     shuffle: Flag = True

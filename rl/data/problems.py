@@ -56,7 +56,7 @@ def load_problems(
     seen: dict[str, str] = {}
     overlong = 0
     for row in rows:
-        problem = _problem(row, names, template, split)
+        problem = _problem(row, names, template, split, missing_answers=data.missing_answers)
         if problem.id in seen:
             raise ValueError(f"{row.place}: column 'id': {problem.id!r} occurs already in {seen[problem.id]}")
         seen[problem.id] = row.place
@@ -116,10 +116,17 @@ def normalise(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _problem(row: LocatedRow, names: Sequence[str], template: PromptTemplate, split: str) -> Problem:
+def _problem(
+    row: LocatedRow,
+    names: Sequence[str],
+    template: PromptTemplate,
+    split: str,
+    *,
+    missing_answers: Literal["refuse", "allow"],
+) -> Problem:
     question = question_in(row, template.section)
     columns = {name: row.columns.get(name) for name in names}
-    if "answer" in columns:
+    if "answer" in columns and not (missing_answers == "allow" and columns["answer"] is None):
         columns["answer"] = _answer_in(row)
     text = template.text(question)
     token_ids = template.token_ids(text)
@@ -171,6 +178,11 @@ def refuse_unknown(
 def _answer_in(row: LocatedRow) -> str:
     """The reference answer as text; a whole number is written out exactly, other types are refused."""
     value = row.columns.get("answer")
+    if value is None:
+        raise ValueError(
+            f"{row.place}: column 'answer' is missing or null (data.missing_answers: allow lets such rows through, for "
+            "functions that do without)"
+        )
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return text_in(row, "answer")

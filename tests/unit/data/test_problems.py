@@ -60,7 +60,7 @@ def test_a_row_becomes_a_problem(tmp_path: Path, tokenizer: PreTrainedTokenizerF
         ({"prompt": "1\ud83d", "answer": "2"}, "line 2: column 'prompt' is no text: half a character"),
         ({"prompt": "1", "answer": 0.5}, "line 2: column 'answer' has the wrong type float"),
         ({"prompt": "1", "answer": True}, "line 2: column 'answer' has the wrong type bool"),
-        ({"prompt": "1"}, "line 2: column 'answer' is missing; this row has: 'prompt'"),
+        ({"prompt": "1"}, "line 2: column 'answer' is missing or null (data.missing_answers: allow"),
         ({"prompt": "1zx", "answer": "2"}, "line 2: column 'prompt': the tokenizer does not know 'xz'"),
         ({"prompt": "1", "answer": "2", "id": 0.5}, "line 2: column 'id': expected text or a whole number"),
         ({"prompt": "1", "answer": "2", "id": "train/0"}, "line 2: column 'id': 'train/0' occurs already in"),
@@ -76,6 +76,20 @@ def test_bad_rows_are_refused(
     with pytest.raises(ValueError) as caught:
         load_problems(data_section(tmp_path, [{"prompt": "0+1=", "answer": "1"}, row]), tokenizer, "train")
     assert message in str(caught.value) and "train.jsonl" in str(caught.value)
+
+
+def test_rows_without_an_answer_pass_where_the_recipe_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "1", "answer": "2"}, {"prompt": "2"}, {"prompt": "3", "answer": None}]
+    problems = load_problems(data_section(tmp_path, rows, missing_answers="allow"), tokenizer, "train")
+    assert [problem.columns["answer"] for problem in problems] == ["2", None, None]
+    with pytest.raises(ValueError, match="line 2: column 'answer' is empty"):
+        load_problems(
+            data_section(tmp_path, [rows[0], {"prompt": "2", "answer": ""}], missing_answers="allow"),
+            tokenizer,
+            "train",
+        )
 
 
 def test_messages_are_prompts_under_a_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
