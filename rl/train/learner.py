@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -246,10 +246,13 @@ class Learner:
 
     @torch.no_grad()
     def reference_logprobs(self, batches: Sequence[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
-        """(n, T) logprobs of each batch under the frozen reference weights."""
+        """(n, T) logprobs of each batch under the frozen reference. Its own router chooses: with the experts that the
+        policy's chose it would be another policy, which follows wherever that router goes. (So `kl` in bfloat16 starts
+        near `mismatch_kl_without_replay`, not at 0.)"""
         assert self.reference is not None, "the learner was made without a reference"
+        free = [replace(batch, routes=None) for batch in batches]
         with self.reference.swapped_in():
-            return [scored.logprobs for scored in self.score(batches, temperature=temperature)]
+            return [scored.logprobs for scored in self.score(free, temperature=temperature)]
 
     def _score(self, batch: MicroBatch, temperature: float, num_chunks: int) -> Scored:
         logprobs, entropy, routes = self.module(batch, temperature, self._chunk_tokens, num_chunks)
