@@ -52,6 +52,11 @@ class Experience:
     rewards: torch.Tensor
     advantages: torch.Tensor
 
+    @property
+    def routes_recorded(self) -> bool:
+        """Whether the engine told which experts each token went through; the same on every rank."""
+        return all(group.prompt_routes is not None for group in self.groups)
+
     def table(self) -> list[dict[str, Any]]:
         """One dict a row, for the log: what was asked, answered, scored, and why."""
         return [

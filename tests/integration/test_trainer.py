@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rl.config import load_recipe
+from rl.policy.moe import Router
 from rl.train.record import read_rows
 from rl.train.sft import ColdStart
 from rl.train.trainer import GRPOTrainer
@@ -62,6 +64,27 @@ def test_the_step_takes_the_time_on_the_wall(tmp_path: Path, monkeypatch: pytest
     stages = sum(metrics[f"time/{stage}_s"] for stage in ("rollout", "reward", "update", "rest"))
     assert stages == pytest.approx(metrics["time/step_s"]) and stages < time.monotonic() - began
     assert metrics["train/tokens_per_s"] == pytest.approx(metrics["num_tokens"] / metrics["time/step_s"])
+
+
+@pytest.mark.parametrize("replay", ["auto", "false"])
+def test_routing_is_compared_whether_it_is_replayed_or_not(
+    replay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that changes between sampling and update chooses other experts; replay keeps the logprobs all the
+    same."""
+    made = trainer(tmp_path, f"--grpo.routing_replay={replay}")
+    run = made.update.run
+
+    def with_another_router(*arguments: Any, **options: Any) -> Any:
+        for router in (module for module in made.learner.policy.modules() if isinstance(module, Router)):
+            assert router.e_score_correction_bias is not None
+            router.e_score_correction_bias.copy_(torch.linspace(-1, 1, router.num_experts))
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(made.update, "run", with_another_router)
+    metrics, _ = made.step(0)
+    assert metrics["routing/disagreement_frac"] > 0.1 and metrics["mismatch_kl_without_replay"] > 1e-4
+    assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
 
 
 def test_accuracy_is_that_of_the_function_that_the_recipe_names(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_experience(seed: int) -> Experience:
+def make_experience(seed: int, *, with_routes: bool = True) -> Experience:
     """The same problems, completions and rewards on every rank; each rank holds every world_size-th group. Lengths
     differ much, one completion is cut off, one has no reward."""
     g = torch.Generator().manual_seed(seed)
@@ -52,8 +52,10 @@ def make_experience(seed: int) -> Experience:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=g))
 
-    def draw_routes(tokens: int) -> torch.Tensor:
+    def draw_routes(tokens: int) -> torch.Tensor | None:
         """(tokens, 2 MoE layers, 2 of 8 experts)"""
+        if not with_routes:
+            return None
         return torch.rand(tokens, 2, 8, generator=g).argsort(-1)[..., :2].to(torch.uint8)
 
     groups, records = [], []
@@ -182,7 +184,8 @@ def main() -> None:
             learner, section, micro_batch_tokens=arguments.tokens, temperature=0.8, max_completion_length=32
         )
         replay = isinstance(learner.policy, Policy)
-        result = update.run(make_experience(number), step=number, replay_routes=replay, after_each=lambda result: None)
+        experience = make_experience(number, with_routes=replay)
+        result = update.run(experience, step=number, replay_routes=replay, after_each=lambda result: None)
         if result.expert_load is not None:
             update_router_biases(learner.policy, result.expert_load, rate=0.01)
         return {**result.metrics, **{f"loss/{i}": r.loss for i, r in enumerate(result.steps)}}

@@ -74,7 +74,8 @@ def test_an_update_that_is_not_finite_stops_before_the_next_one_moves_the_weight
     learner = FakeLearner([result(1.0), result(float("nan")), result(1.0)])
     stop = partial(check_finite, step=4, on_nonfinite="stop")
     with pytest.raises(NonFiniteError, match=r"^step 4: loss nan, .* did not change the weights .*on_nonfinite: skip"):
-        update_with(learner, mini_batches=3).run(make_experience(0), step=3, replay_routes=False, after_each=stop)
+        experience = make_experience(0, with_routes=False)
+        update_with(learner, mini_batches=3).run(experience, step=3, replay_routes=False, after_each=stop)
     assert learner.rows == mini_batch_rows(6, 4, parts=3)[:2]
 
 
