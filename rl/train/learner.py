@@ -305,7 +305,8 @@ class Learner:
         skipped = bool(getattr(self.module.optimizer, "overflow", False)) or not math.isfinite(norm) or norm < 0
         if skipped and self.stage in (1, 2):
             # With the optimizer offloaded DeepSpeed keeps the sums of a skipped step, and would skip every later one.
-            gradients = self.module.optimizer.averaged_gradients
+            # (Its optimizer for bfloat16 at stage 1 keeps none.)
+            gradients = getattr(self.module.optimizer, "averaged_gradients", {})
             gradients.update(dict.fromkeys(gradients))
         return norm, skipped
 
