@@ -345,8 +345,8 @@ class Learner:
                 },
                 os.path.join(folder, "learner.pt"),
             )
-        if self.reference is not None:
-            self.reference.save(os.path.join(folder, f"reference.{self.rank}.safetensors"))
+        if self.reference is not None and (self.stage == 3 or self.rank == 0):
+            self.reference.save(self._reference_file(folder))
 
     def load_state(self, folder: str) -> None:
         """Continue from `save_state`, on the same number of ranks and the same ZeRO stage."""
@@ -361,7 +361,11 @@ class Learner:
             self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:
-            self.reference.load(os.path.join(folder, f"reference.{self.rank}.safetensors"))
+            self.reference.load(self._reference_file(folder))
+
+    def _reference_file(self, folder: str) -> str:
+        """One for all ranks, which hold the same; under ZeRO-3 one for each rank's shards."""
+        return os.path.join(folder, f"reference.{self.rank if self.stage == 3 else 0}.safetensors")
 
 
 def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
