@@ -8,6 +8,7 @@ groups, at random (arXiv 2501.12948); advantages are those of whole groups in an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -185,13 +186,12 @@ def _summarize(results: Sequence[StepResult]) -> dict[str, float]:
     for result in results:
         for name, value in result.sums.items():
             totals[name] = totals.get(name, 0.0) + value
-    tokens = max(totals["loss_tokens"], 1.0)
     return {
         "loss": sum(r.loss for r in results) / len(results),
         "grad_norm": sum(r.grad_norm for r in results) / len(results),
         "learning_rate": results[-1].learning_rate,
         "skipped_updates": float(sum(r.skipped for r in results)),
-        "entropy": totals["entropy_sum"] / tokens,
+        "entropy": totals["entropy_sum"] / (totals["loss_tokens"] or math.nan),
         **summarize_metrics(totals),
         **summarize_mismatch(totals),
     }

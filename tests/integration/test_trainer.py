@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,18 @@ def test_routing_is_compared_whether_it_is_replayed_or_not(
     metrics, _ = made.step(0)
     assert metrics["routing/disagreement_frac"] > 0.1 and metrics["mismatch_kl_without_replay"] > 1e-4
     assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
+
+
+def test_a_step_in_which_everything_is_masked_moves_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def none(completions, **columns):\n    return [None] * len(completions)\n")
+    made = trainer(tmp_path, f"--rewards.reward_funcs=['{tmp_path}/own.py:none']")
+    before = [parameter.detach().clone() for parameter in made.learner.policy.parameters()]
+    metrics, _ = made.step(0)
+    assert metrics["rewards/masked_frac"] == 1.0
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0.0
+    for name in ("reward", "entropy", "mismatch_kl", "ratio/mean", "importance/mean", "clip_ratio/region_mean"):
+        assert math.isnan(metrics[name]), name
+    assert all(map(torch.equal, made.learner.policy.parameters(), before))
 
 
 def test_accuracy_is_that_of_the_function_that_the_recipe_names(tmp_path: Path) -> None:
