@@ -181,6 +181,11 @@ class Learner:
     def rank(self) -> int:
         return int(self.accelerator.process_index)
 
+    @property
+    def pads_rows(self) -> bool:
+        """Whether the policy computes on a padded grid, as models of transformers do: `pack_rows` must know."""
+        return isinstance(self.policy, HFPolicy)
+
     def _prepare(self, scorer: PolicyScorer, adam: torch.optim.Optimizer, leaves: Sequence[type]) -> tuple[Any, Any]:
         if self.stage is None:
             return self.accelerator.prepare(scorer, adam)

@@ -132,8 +132,11 @@ class GRPOUpdate:
                 max_completion_length=self.max_completion_length,
             )
             mine = [row for row in rows if row.index in numbers]
-            minis.append(MiniBatch(pack_rows(mine, max_tokens=self.micro_batch_tokens), divisor))
+            minis.append(MiniBatch(self._pack(mine), divisor))
         return minis
+
+    def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        return pack_rows(rows, max_tokens=self.micro_batch_tokens, padded=self.learner.pads_rows)
 
     def _score_before_update(self, minis: Sequence[MiniBatch]) -> None:
         """Fill in old_logprobs (needed once weights move between uses of a rollout) and ref_logprobs."""
@@ -150,7 +153,7 @@ class GRPOUpdate:
         """How often the router, left to itself, would choose other experts than those recorded in `rows`, and what the
         mismatch is then: measured on the step's first rows, before the update."""
         few = [row for row in rows if row.index < PROBE_ROWS]
-        batches = pack_rows(few, max_tokens=self.micro_batch_tokens)
+        batches = self._pack(few)
         recorded = [batch.routes for batch in batches]
         for batch in batches:
             batch.routes = None
