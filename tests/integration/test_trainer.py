@@ -31,7 +31,9 @@ SHORT = [
 
 
 def trainer(folder: Path, *overrides: str, steps: int = 4) -> GRPOTrainer:
-    return GRPOTrainer(load_recipe(TINY, [f"--output_dir={folder}", f"--grpo.steps={steps}", *SHORT, *overrides]))
+    given = {text.split("=")[0] for text in overrides}
+    short = [text for text in SHORT if text.split("=")[0] not in given]
+    return GRPOTrainer(load_recipe(TINY, [f"--output_dir={folder}", f"--grpo.steps={steps}", *short, *overrides]))
 
 
 def steps_in(folder: Path) -> list[dict[str, Any]]:
@@ -86,6 +88,12 @@ def test_routing_is_compared_whether_it_is_replayed_or_not(
     metrics, _ = made.step(0)
     assert metrics["routing/disagreement_frac"] > 0.1 and metrics["mismatch_kl_without_replay"] > 1e-4
     assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
+
+
+def test_the_reference_is_refreshed_when_the_recipe_says_so(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "--grpo.beta=0.1", "--grpo.ref_update_steps=2")
+    kl = [made.step(step)[0]["kl"] for step in range(4)]
+    assert kl[0] < 1e-9 < kl[1] and kl[2] < 1e-9 < kl[3]
 
 
 def test_a_step_in_which_everything_is_masked_moves_nothing_and_measures_nothing(tmp_path: Path) -> None:
