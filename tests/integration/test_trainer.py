@@ -90,6 +90,11 @@ def test_routing_is_compared_whether_it_is_replayed_or_not(
     assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
 
 
+def test_the_update_scores_the_distribution_that_was_sampled(tmp_path: Path) -> None:
+    metrics, _ = trainer(tmp_path, "--rollout.temperature=0.6").step(0)
+    assert metrics["mismatch_kl"] < 1e-9 and metrics["importance/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_the_reference_is_refreshed_when_the_recipe_says_so(tmp_path: Path) -> None:
     made = trainer(tmp_path, "--grpo.beta=0.1", "--grpo.ref_update_steps=2")
     kl = [made.step(step)[0]["kl"] for step in range(4)]
