@@ -90,6 +90,24 @@ def test_routing_is_compared_whether_it_is_replayed_or_not(
     assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
 
 
+def test_each_step_samples_anew_and_a_step_made_again_samples_the_same(tmp_path: Path) -> None:
+    """Four problems are all there are, and the weights hardly move."""
+    made = trainer(tmp_path, "--data.train.params.size=4", "--data.shuffle=false", "--optimizer.learning_rate=1e-12")
+    texts = [[record.text for record in made.step(step)[1].records] for step in (0, 1, 0)]
+    assert texts[0] == texts[2] and not set(texts[0]) & set(texts[1]) and len(set(texts[0])) > 12
+
+
+def test_the_schedule_is_laid_over_all_optimizer_steps(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "--grpo.mini_batches=2", "--grpo.num_iterations=2", steps=2)
+    rates = [made.step(step)[0]["learning_rate"] for step in range(2)]
+    assert rates == pytest.approx([1e-3 * (1 - 3 / 8), 1e-3 * (1 - 7 / 8)])  # of the last of four optimizer steps
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says(tmp_path: Path) -> None:
+    trainer(tmp_path, "--checkpoint.save_steps=1", "--checkpoint.save_total_limit=3").train()
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
+
+
 def test_the_update_scores_the_distribution_that_was_sampled(tmp_path: Path) -> None:
     metrics, _ = trainer(tmp_path, "--rollout.temperature=0.6").step(0)
     assert metrics["mismatch_kl"] < 1e-9 and metrics["importance/mean"] == pytest.approx(1.0, abs=1e-5)

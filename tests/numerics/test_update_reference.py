@@ -21,12 +21,12 @@ from rl.train.update import GRPOUpdate
 from tests.integration.test_update_invariance import DEEPSEEK
 from tests.integration.workers.update_worker import GROUP, PROBLEMS, make_experience
 
-RATE, BETA, CAP, CLIP, LONGEST, TEMPERATURE = 1e-2, 0.1, 1.2, 0.5, 32, 0.8
+RATE, DECAY, BETA, CAP, CLIP, LONGEST, TEMPERATURE = 1e-2, 0.3, 0.1, 1.2, 0.5, 32, 0.8
 MINI_BATCHES, ITERATIONS, STEP = 3, 2, 4
 EPSILON, EPSILON_HIGH = 0.05, 0.08
 SECTION = OptimizerSection(
     # a large epsilon: Adam would turn rounding errors of gradients near 0 into steps of full size
-    learning_rate=RATE, weight_decay=0.0, adam_epsilon=1e-3, max_grad_norm=CLIP,
+    learning_rate=RATE, weight_decay=DECAY, adam_epsilon=1e-3, max_grad_norm=CLIP,
     lr_scheduler_type="linear", warmup_steps=0,
 )  # fmt: skip
 TOTAL_STEPS = 100
@@ -76,7 +76,11 @@ def plain_step(policy: Policy, experience: Experience, loss_type: str) -> list[f
         ref = {i: logprobs_of(policy, prompt, ids, None) for i, (prompt, ids, *_) in rows.items()}
     order = [b * GROUP + k for k in range(GROUP) for b in range(PROBLEMS)]
     size = len(order) // MINI_BATCHES
-    adam = torch.optim.AdamW(policy.parameters(), eps=1e-3, weight_decay=0.0)
+    matrices = [parameter for parameter in policy.parameters() if parameter.dim() > 1]
+    norms = [parameter for parameter in policy.parameters() if parameter.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}], eps=1e-3, weight_decay=DECAY
+    )
     losses = []
     for number in range(ITERATIONS * MINI_BATCHES):
         part = order[number % MINI_BATCHES * size :][:size]
@@ -94,7 +98,8 @@ def plain_step(policy: Policy, experience: Experience, loss_type: str) -> list[f
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         done = STEP * ITERATIONS * MINI_BATCHES + number
-        adam.param_groups[0]["lr"] = RATE * (1 - done / TOTAL_STEPS)
+        for group in adam.param_groups:
+            group["lr"] = RATE * (1 - done / TOTAL_STEPS)
         adam.step()
         losses.append(loss.item())
     return losses
