@@ -143,7 +143,7 @@ class Learner:
     """Trains `policy` in place.
 
     After construction `policy`'s parameters are what the optimizer updates; under ZeRO-3 they are partitioned, so look
-    at them only inside `gathered()`.
+    at them only inside `gathered()`. chunk_tokens: completion tokens that go through the output head at a time.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Learner:
         self.accelerator = accelerator
         self.total_steps = total_steps
         self.stage = zero_stage(accelerator)
-        self.vocab_size = int(policy.config.vocab_size)
+        self.chunk_tokens = suggest_chunk_tokens(int(policy.config.vocab_size))
         self.device = accelerator.device
         adam = torch.optim.AdamW(
             _decay_groups(policy, optimizer.weight_decay),
@@ -260,19 +260,15 @@ class Learner:
             return [scored.logprobs for scored in self.score(free, temperature=temperature)]
 
     def _score(self, batch: MicroBatch, temperature: float, num_chunks: int) -> Scored:
-        logprobs, entropy, routes = self.module(batch, temperature, self._chunk_tokens, num_chunks)
+        logprobs, entropy, routes = self.module(batch, temperature, self.chunk_tokens, num_chunks)
         return Scored(batch.padded(logprobs), batch.padded(entropy), routes)
-
-    @property
-    def _chunk_tokens(self) -> int:
-        return suggest_chunk_tokens(self.vocab_size)
 
     def _in_step_with_other_ranks(
         self, batches: Sequence[MicroBatch], spare: MicroBatch | None = None
     ) -> tuple[list[MicroBatch], int]:
         """Every rank must run equally many forwards and equally many chunks of the head: pad with idle
         micro-batches."""
-        chunks = max((math.ceil(len(b.targets) / self._chunk_tokens) for b in batches), default=1)
+        chunks = max((math.ceil(len(b.targets) / self.chunk_tokens) for b in batches), default=1)
         count, chunks = max_over_ranks([len(batches), chunks], self.device)
         template = batches[0] if batches else spare
         assert template is not None, "a rank without rows needs a spare micro-batch to idle with"

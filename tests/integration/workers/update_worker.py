@@ -151,7 +151,7 @@ def make_learner(arguments: argparse.Namespace) -> Learner:
     else:
         policy = load_any(arguments.model, dtype=dtype)
     policy.gradient_checkpointing = arguments.checkpointing
-    return Learner(
+    learner = Learner(
         policy,
         # A large epsilon: Adam divides by |gradient|, so with 1e-8 a rounding error of a gradient near 0 moves a weight
         # by the full learning rate, and the comparison would show Adam instead of the learner.
@@ -161,6 +161,8 @@ def make_learner(arguments: argparse.Namespace) -> Learner:
         with_reference=True,
         zero3_leaf_classes=moe_leaf_classes(policy),
     )
+    learner.chunk_tokens = max(4, arguments.tokens // 4)  # several chunks a micro-batch, as with a large vocabulary
+    return learner
 
 
 def main() -> None:
