@@ -31,6 +31,7 @@ from rl.train.checkpoint import (
 )
 from rl.train.learner import Learner, StepResult
 from rl.train.metrics import RUN_ID_FILE
+from rl.train.record import to_json
 from rl.train.run_folder import CHECKPOINTS, RECIPE_FILE, STATE_FILE
 
 
@@ -85,7 +86,7 @@ class Keeper:
                     "elapsed_s": elapsed_s,
                     "world_size": world_size(),
                     "zero_stage": self.learner.stage,
-                    "extra": extra or {},
+                    "extra": to_json(extra or {}),  # a counter of a user's function may be NaN
                 }
                 save_json(folder / STATE_FILE, state)
                 for name in (RECIPE_FILE, RUN_ID_FILE):

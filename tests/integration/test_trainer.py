@@ -103,6 +103,18 @@ def test_the_schedule_is_laid_over_all_optimizer_steps(tmp_path: Path) -> None:
     assert rates == pytest.approx([1e-3 * (1 - 3 / 8), 1e-3 * (1 - 7 / 8)])  # of the last of four optimizer steps
 
 
+def test_a_counter_that_is_no_number_costs_no_checkpoint(tmp_path: Path) -> None:
+    """What a user's function counts in an evaluation is kept with the checkpoint."""
+    (tmp_path / "own.py").write_text(
+        "def mean(completions, counters, **columns):\n"
+        "    counters.add(cost=float('nan'))\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    run = f"--rewards.reward_funcs=['{tmp_path}/own.py:mean']"
+    trainer(tmp_path, run, "--eval.eval_steps=1", "--checkpoint.save_steps=1", steps=2).train()
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
 def test_as_many_checkpoints_stay_as_the_recipe_says(tmp_path: Path) -> None:
     trainer(tmp_path, "--checkpoint.save_steps=1", "--checkpoint.save_total_limit=3").train()
     assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
