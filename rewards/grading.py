@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[Row]:
     count)."""
     rows: list[Row] = []
     faults: list[str] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

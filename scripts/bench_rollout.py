@@ -67,7 +67,11 @@ def main() -> None:
     policy = init_policy(config, seed=0, dtype=dtype, device=device)
     requests = make_requests(config, arguments)
     params = SamplingParams(arguments.new, temperature=arguments.temperature)
-    engine = Engine(policy, cache_bytes=arguments.cache_bytes, batch_invariant=arguments.batch_invariant)
+    engine = Engine(
+        policy, max_batch_size=arguments.max_batch_size, cache_bytes=arguments.cache_bytes,
+        steps_per_look=arguments.steps_per_look, look_behind=arguments.look_behind,
+        batch_invariant=arguments.batch_invariant,
+    )  # fmt: skip
     if arguments.skew:
         lengths = skewed_lengths(arguments)
         engine.limit_of = lambda request, k: lengths[request * arguments.group + k]
@@ -111,6 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--cache-bytes", type=int, default=None)
+    parser.add_argument("--max-batch-size", type=int, default=None, help="rows at once; the others wait")
+    parser.add_argument("--steps-per-look", type=int, default=None, help="see rl.rollout.engine.Engine")
+    parser.add_argument("--look-behind", action=argparse.BooleanOptionalAction, default=None, help="likewise")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", default="none", choices=["none", "hf", "vllm"])
     parser.add_argument("--peer-only", action="store_true", help="with --peer vllm: leave our own engine out")
@@ -168,9 +175,12 @@ def timed(call: Callable[[], Any], device: torch.device | None = None) -> float:
     return time.perf_counter() - started
 
 
-def bytes_per_step(config: PolicyConfig, policy: Policy, arguments: argparse.Namespace, tokens: int) -> tuple[int, int]:
-    """-> weight bytes, cache bytes that an average step reads at the full batch: every matrix but the embedding once,
-    of the experts those that some row is expected to choose; own tokens of each row, each group's prompt once."""
+def bytes_per_step(
+    config: PolicyConfig, policy: Policy, arguments: argparse.Namespace, *, rows: int, tokens: int
+) -> tuple[int, int]:
+    """-> weight bytes, cache bytes that an average step of `rows` rows reads: every matrix but the embedding once, of
+    the experts those that some row is expected to choose; own tokens of each row, each group's prompt once. tokens:
+    of all rows of the rollout."""
     element = policy.lm_head.weight.element_size()
     weights = 0.0
     for name, parameter in policy.named_parameters():
@@ -179,12 +189,12 @@ def bytes_per_step(config: PolicyConfig, policy: Policy, arguments: argparse.Nam
             continue
         if ".experts." in name:
             assert config.n_routed_experts is not None and config.num_experts_per_tok is not None
-            share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** arguments.batch
+            share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** rows
         weights += share * parameter.numel() * element
     per_token = config.num_hidden_layers * config.cache_width * element
     average_own = tokens / arguments.batch / 2
-    rows = arguments.batch * average_own + arguments.batch // arguments.group * arguments.prompt
-    return int(weights), int(rows * per_token)
+    read = rows * average_own + -(-rows // arguments.group) * arguments.prompt
+    return int(weights), int(read * per_token)
 
 
 def describe(
@@ -196,7 +206,9 @@ def describe(
     warm_up_s: float,
 ) -> dict[str, Any]:
     run = sorted(runs, key=lambda run: run["tokens_per_s"])[len(runs) // 2]
-    weight_bytes, cache_bytes = bytes_per_step(config, policy, arguments, run["tokens"])
+    weight_bytes, cache_bytes = bytes_per_step(
+        config, policy, arguments, rows=run["max_batch"], tokens=run["tokens"]
+    )
     steps = max(run["steps"], 1)
     limit_s = steps * (weight_bytes + cache_bytes) / bandwidth
     element = policy.lm_head.weight.element_size()
@@ -205,6 +217,7 @@ def describe(
         "shape": arguments.shape, "parameters": sum(p.numel() for p in policy.parameters()),
         "batch": arguments.batch, "group": arguments.group, "prompt": arguments.prompt, "new": arguments.new,
         "dtype": arguments.dtype, "device": device_name(arguments), "skew": arguments.skew,
+        "rows_at_once": run["max_batch"],
         "batch_invariant": arguments.batch_invariant, "backend": run["backend"],
         "tokens_per_s": round(run["tokens_per_s"], 1),
         "tokens_per_cpu_s": round(run["tokens_per_cpu_s"], 1),

@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         rows = read_rows(options.cases)
+        if options.out.exists() and options.out.samefile(options.cases):
+            raise ValueError(f"--out {options.out}: is the file of the cases, which would be lost")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         sink = options.out.open("w", encoding="utf-8")
     except (OSError, ValueError) as error:

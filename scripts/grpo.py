@@ -3,7 +3,8 @@
     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml scripts/grpo.py --config recipes/NAME.yaml
         [--resume] [--section.key value ...]
 
-Any key of the recipe can be set on the command line, for example `--rollout.temperature 0.8`.
+Any key of the recipe can be set on the command line, for example `--rollout.temperature 0.8`; `python -m rl.config`
+prints all of them with their meaning (a JSON schema).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", help="a recipe (.yaml) or a reward function: name, module:function, file.py:function")
     parser.add_argument("--data", type=Path, help="JSONL file of dataset rows, columns as the function gets them")
     parser.add_argument("--rows", type=int, default=200, help="rows of the dataset to check (default: 200)")
-    parser.add_argument("--params", type=json.loads, default={}, help="JSON of the function's parameters")
+    parser.add_argument("--params", default="{}", help="JSON of the function's parameters")
     options = parser.parse_args(arguments)
     try:
         settings, rows, task_column = read_target(options)
@@ -43,13 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_target(options: argparse.Namespace) -> tuple[Settings, list[dict[str, Any]], str | None]:
     """The functions to try, the rows to try them on (none: the corpus brings its own), and the recipe's task column."""
+    if options.rows < 1:
+        raise ValueError(f"--rows {options.rows}: allowed from 1")
+    try:
+        params = json.loads(options.params)
+    except ValueError as error:
+        raise ValueError(f"--params {options.params}: is not JSON: {error}") from error
     rows = read_jsonl(options.data, options.rows) if options.data is not None else []
     if not options.target.endswith((".yaml", ".yml")):
-        return [{"func": options.target, "params": options.params}], rows, None
+        return [{"func": options.target, "params": params}], rows, None
     from rl.config import load_recipe  # only for recipes, as it loads the whole schema
     from rl.data.sources import read_rows
 
-    if options.params:
+    if params:
         raise ValueError("--params goes with a function; a recipe brings its own")
     recipe = load_recipe(options.target)
     if options.data is None:
@@ -61,7 +67,7 @@ def read_target(options: argparse.Namespace) -> tuple[Settings, list[dict[str, A
 def read_jsonl(path: Path, limit: int) -> list[dict[str, Any]]:
     """The first rows of a file. ValueError names the line that is no JSON object."""
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -5,6 +5,7 @@
 #
 # Started again, it goes on with a run that was interrupted, and shows what came of one that is finished.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '1d; s/^# \{0,1\}//p; /^set/q' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
@@ -19,7 +20,7 @@ from rl.train.report import closing_text
 folder = pathlib.Path(sys.argv[1])
 print(closing_text(json.loads((folder / "summary.json").read_text()), folder))
 PY
-    echo "[quickstart] to train again: add --seed 1 or --name again (another folder), or remove this one: rm -r $folder"
+    echo "[quickstart] to train again: add --seed 1 or --name again (another folder), or remove this one: rm -r $(printf %q "$folder")"
     exit
 fi
 if [ -d "$folder" ]; then echo "[quickstart] $folder holds an unfinished run: going on with it"; fi
@@ -47,6 +48,6 @@ cat <<'TEXT'
 What to try next:
   bash scripts/quickstart.sh --seed 1                 another seed
   bash scripts/quickstart.sh --grpo.loss_type gspo --name gspo
-  accelerate launch --config_file recipes/accelerate_configs/cpu.yaml scripts/grpo.py --config recipes/gsm8k/tiny_cpu.yaml
+  source .venv/bin/activate && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml scripts/grpo.py --config recipes/gsm8k/tiny_cpu.yaml
   your own reward function: rewards/README.md         your own data: README.md, "Using your data"
 TEXT

@@ -10,8 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
-extra=""
-if [ "${1:-}" = "--dev" ]; then extra="[dev]"; fi
+case "$*" in
+    "") extra="" ;;
+    --dev) extra="[dev]" ;;
+    *) echo "setup: '$*' is not allowed; --dev, or nothing" >&2; exit 2 ;;
+esac
 
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
 
@@ -53,7 +56,8 @@ if [ "$have" = "$wanted" ] || [ "$have" = "${stamp}[dev]" ]; then
     exit 0
 fi
 
-if [ ! -x .venv/bin/python ]; then
+# Asked of pip: where Debian's python3-venv is missing, an environment is left behind that has none.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     say "creating .venv with $("$python" --version)"
     "$python" -m venv .venv

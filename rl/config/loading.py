@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from rl.config.recipe import Recipe
 from rl.config.section import ContradictionsError
+from rl.config.sections import MAPPING, TEXT
 from rl.config.yaml_text import KeyPath, read_value, read_yaml
 
 
@@ -91,7 +92,7 @@ class _Complaints:
 
     def about(self, error: Any) -> list[str]:
         """One sentence for each thing that an error of pydantic stands for."""
-        path: KeyPath = tuple(part for part in error["loc"] if not str(part).startswith("<"))
+        path: KeyPath = tuple(part for part in error["loc"] if part not in (TEXT, MAPPING))
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, ContradictionsError):
             return [self._sentence((*path, *found.key.split(".")), found.reason) for found in cause.found]
@@ -106,8 +107,13 @@ class _Complaints:
         if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
             section = _section_at(path)
             keys = f" with the keys {', '.join(section.model_fields)}" if section else ""
-            return [self._sentence(path, f"must be a mapping{keys}")]
-        reason = error["msg"].replace("Input should be", "must be").replace("Tuple should", "it should")
+            text = "text or " if error["loc"][-1] == MAPPING else ""
+            return [self._sentence(path, f"must be {text}a mapping{keys}")]
+        if error["type"] == "string_type":
+            return [self._sentence(path, "must be text" + _quoting(error["input"]))]
+        if error["type"] == "string_too_short":
+            return [self._sentence(path, "must not be empty")]
+        reason = error["msg"].replace("Input should be", "must be")
         return [self._sentence(path, reason.replace("a valid tuple", "a list"))]
 
     def _sentence(self, path: KeyPath, reason: str) -> str:
@@ -132,12 +138,14 @@ class _Complaints:
         return value, True
 
     def _place(self, path: KeyPath) -> str:
+        replaced = any(path[: len(key)] == key for key in self.changed)
+        made = path not in self.lines and any(key[: len(path)] == path for key in self.changed)
+        if replaced or (made and path):
+            return "command line"
         for end in range(len(path), 0, -1):
-            if path[:end] in self.changed:
-                return "command line"
             if path[:end] in self.lines:
                 return f"{self.file}:{self.lines[path[:end]]}"
-        return "command line" if any(key[: len(path)] == path for key in self.changed) and path else self.file
+        return self.file
 
     def _unknown(self, path: KeyPath) -> str:
         section = _section_at(path[:-1])
@@ -147,13 +155,21 @@ class _Complaints:
         if near:
             hint = f"did you mean {_name((*path[:-1], near[0]))}? "
         else:
-            elsewhere = [name for name in _all_keys(Recipe) if name.rsplit(".", 1)[-1] == key]
+            elsewhere = _keys_named_like(key)
             hint = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
         return f"unknown key; {hint}allowed: {', '.join(valid)}"
 
 
 def _name(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the recipe"
+
+
+def _quoting(value: Any) -> str:
+    """How to write a number as text, where `value` is one."""
+    if not isinstance(value, (int, float)):
+        return ""
+    text = str(value).lower()  # true, not True
+    return f"; in a file '{text}' with its quotes, on the command line \"'{text}'\" with both"
 
 
 def _one_line(text: str) -> str:
@@ -179,6 +195,14 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
             if section is not None:
                 return section
     return None
+
+
+def _keys_named_like(name: str) -> list[str]:
+    """Keys anywhere in a recipe that `name` may stand for: `num_generation`, or `rollout-num_generations`."""
+    keys = _all_keys(Recipe)
+    spellings = sorted({*keys, *(key.rsplit(".", 1)[-1] for key in keys)})
+    near = difflib.get_close_matches(name, spellings, n=1, cutoff=0.8)
+    return [key for key in keys if near and f".{key}".endswith(f".{near[0]}")]
 
 
 def _all_keys(section: type[BaseModel], before: str = "") -> list[str]:

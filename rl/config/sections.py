@@ -17,8 +17,12 @@ from rl.config.section import Contradiction, Flag, Natural, Number, Positive, Se
 Scalar = str | int | float | bool | None
 
 
+# What a value that is either is called in pydantic's errors, where it is no key.
+TEXT, MAPPING = "<text>", "<mapping>"
+
+
 def _text_or_mapping(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<mapping>"
+    return TEXT if isinstance(value, str) else MAPPING
 
 
 class GeneratedTokenizer(Section):
@@ -52,7 +56,7 @@ class ModelSection(Section):
     """Folder or hub id of a checkpoint to start from."""
     from_config: (
         Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[dict[str, Any], Tag("<mapping>")],
+            Annotated[Text, Tag(TEXT)] | Annotated[dict[str, Any], Tag(MAPPING)],
             Discriminator(_text_or_mapping),
         ]
         | None
@@ -61,7 +65,7 @@ class ModelSection(Section):
     A vocab_size that is left out is the size of the tokenizer."""
     tokenizer: (
         Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[GeneratedTokenizer, Tag("<mapping>")],
+            Annotated[Text, Tag(TEXT)] | Annotated[GeneratedTokenizer, Tag(MAPPING)],
             Discriminator(_text_or_mapping),
         ]
         | None
@@ -103,7 +107,8 @@ class DataSource(Section):
     split: Text | None = None
     """Split of a hub data set; left out: "train"."""
     params: dict[str, Any] = Field(default={})
-    """Arguments of the Python function. If it takes `seed` and none is given here, it gets the recipe's."""
+    """Arguments of the Python function. If it takes `seed` and none is given here, it gets one that is derived from the
+    recipe's."""
     limit: Positive | None = None
     """Use only the first rows."""
     columns: dict[Text, Text] = Field(default={})
@@ -175,6 +180,9 @@ class DataSection(Section):
     """Tokens a prompt may have."""
     overlong_prompts: Literal["drop", "refuse"] = "drop"
     """Longer prompts: drop and count them, or refuse to start."""
+    missing_answers: Literal["refuse", "allow"] = "refuse"
+    """Rows without an `answer` where other rows have one: refuse to start, or give reward functions None for them (for
+    mixtures in which not every row is scored against a reference)."""
     eval_overlap: Literal["refuse", "warn"] = "refuse"
     """When a held-out prompt also occurs in train (compared without case and white space): refuse to start, or warn."""
     shuffle: Flag = True
@@ -213,7 +221,12 @@ class RolloutSection(Section):
 class RewardsSection(Section):
     """How completions are scored."""
 
-    reward_funcs: Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
+    reward_funcs: tuple[
+        Annotated[
+            Annotated[Text, Tag(TEXT)] | Annotated[dict[str, Any], Tag(MAPPING)], Discriminator(_text_or_mapping)
+        ],
+        ...,
+    ]
     """Names of reward functions: a built-in, `package.module:function` or `file.py:function`; or a mapping with `func`
     and settings (weight, params, when, ...; see rewards/reward_entry.py)."""
     reward_weights: tuple[Number, ...] | None = None
@@ -224,6 +237,8 @@ class RewardsSection(Section):
     """Column that names the task of a row, for functions restricted to tasks."""
 
     def contradictions(self) -> Iterator[Contradiction]:
+        if not self.reward_funcs:
+            yield Contradiction("reward_funcs", "is empty; name at least one reward function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             yield Contradiction(
                 "reward_weights",
@@ -285,6 +300,8 @@ class EvalSection(Section):
     """Sample from the smallest set of tokens with this probability; 1: off."""
     top_k: Natural = 0
     """Sample from the k likeliest tokens; 0: off."""
+    min_p: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Sample from the tokens that have at least this share of the likeliest one's probability; 0: off."""
     metric: Text | None = None
     """Reward function whose score of 1 means that an answer is right, in training and held out; left out: accuracy,
     exact_match, multiple_choice, countdown or code, the first in use; with none of them no accuracy is measured."""
@@ -294,6 +311,6 @@ class EvalSection(Section):
     def contradictions(self) -> Iterator[Contradiction]:
         if not self.greedy and self.num_samples == 0:
             yield Contradiction("num_samples", "is 0 and greedy is false: nothing would be evaluated; set one of them")
-        for key in ("temperature", "top_p", "top_k"):
+        for key in ("temperature", "top_p", "top_k", "min_p"):
             if self.num_samples == 0 and self.changed(key):
                 yield Contradiction(key, "has no effect while num_samples is 0")

@@ -53,7 +53,8 @@ for _kind, (_pattern, _first) in _SCALARS.items():
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The mapping in a YAML file, and the line (from 1) of every key and list entry in it.
 
-    ValueError naming file and line: no such file, no YAML, a key twice, a key that is no text, no mapping at the top.
+    ValueError naming file and line: no such file, no YAML, a key twice, a key that is no text, an anchor inside itself,
+    no mapping at the top.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -61,8 +62,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    reader = _Reader(text)
     try:
+        reader = _Reader(text)
         node = reader.get_single_node()
         lines: dict[KeyPath, int] = {}
         _walk(node, (), lines, str(path))
@@ -73,8 +74,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ValueError(f"{where}: is not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from error
-    finally:
-        reader.dispose()
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deep, or an anchor (&name) stands inside itself") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; a recipe is a mapping of sections (key: value)")
     return content, lines
@@ -107,8 +108,8 @@ def _walk(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"{file}:{line}: a key must be text")
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"{file}:{line}: a key must be text; put a number, true, false or null in quotes")
         if key.value in seen:
             name = ".".join(map(str, (*path, key.value)))
             raise ValueError(f"{file}:{line}: {name} is given twice, first in line {seen[key.value]}; keep one")

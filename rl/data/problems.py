@@ -56,7 +56,7 @@ def load_problems(
     seen: dict[str, str] = {}
     overlong = 0
     for row in rows:
-        problem = _problem(row, names, template, split)
+        problem = _problem(row, names, template, split, missing_answers=data.missing_answers)
         if problem.id in seen:
             raise ValueError(f"{row.place}: column 'id': {problem.id!r} occurs already in {seen[problem.id]}")
         seen[problem.id] = row.place
@@ -103,7 +103,7 @@ def refuse_overlap(
     if both:
         message = (
             f"{len(both)} of {len(held_out)} held-out problems (data.eval) are also trained on ({key}); the first: "
-            f"{both[0].id}: {both[0].prompt[:200]!r}"
+            f"{both[0].id}: {both[0].prompt[-200:]!r}"  # the template's words come before the question
         )
         if on_overlap == "refuse":
             raise ValueError(f"{message}. Remove them, or set data.eval_overlap: warn")
@@ -116,10 +116,17 @@ def normalise(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _problem(row: LocatedRow, names: Sequence[str], template: PromptTemplate, split: str) -> Problem:
+def _problem(
+    row: LocatedRow,
+    names: Sequence[str],
+    template: PromptTemplate,
+    split: str,
+    *,
+    missing_answers: Literal["refuse", "allow"],
+) -> Problem:
     question = question_in(row, template.section)
     columns = {name: row.columns.get(name) for name in names}
-    if "answer" in columns:
+    if "answer" in columns and not (missing_answers == "allow" and columns["answer"] is None):
         columns["answer"] = _answer_in(row)
     text = template.text(question)
     token_ids = template.token_ids(text)
@@ -138,15 +145,22 @@ def question_in(row: LocatedRow, template: TemplateSection) -> str | list[dict[s
 
 
 def text_in(row: LocatedRow, column: str) -> str:
-    """A column that must be text and not empty."""
+    """A column that must be text that can be written as UTF-8, and not empty."""
     value = row.columns.get(column)
     if value is None:
         present = ", ".join(map(repr, row.columns)) or "none"
-        raise ValueError(f"{row.place}: column {column!r} is missing; this row has: {present}")
+        raise ValueError(
+            f"{row.place}: column {column!r} is missing; this row has: {present} "
+            f"(columns: {{{column}: OTHER}} in the recipe takes it from another one)"
+        )
     if not isinstance(value, str):
         raise ValueError(f"{row.place}: column {column!r} has the wrong type {type(value).__name__}; expected text")
     if not value.strip():
         raise ValueError(f"{row.place}: column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{row.place}: column {column!r} is no text: half a character ({error})") from error
     return value
 
 
@@ -164,6 +178,11 @@ def refuse_unknown(
 def _answer_in(row: LocatedRow) -> str:
     """The reference answer as text; a whole number is written out exactly, other types are refused."""
     value = row.columns.get("answer")
+    if value is None:
+        raise ValueError(
+            f"{row.place}: column 'answer' is missing or null (data.missing_answers: allow lets such rows through, for "
+            "functions that do without)"
+        )
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return text_in(row, "answer")

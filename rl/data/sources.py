@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -139,6 +139,7 @@ def _read_json(source: DataSource, key: str) -> Iterator[LocatedRow]:
 
 def _read_csv(source: DataSource, key: str) -> Iterator[LocatedRow]:
     path = _local_file(source, key)
+    csv.field_size_limit(2**31 - 1)  # else 128 KiB, and the tests of a program may be longer
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         header: list[str] = []
@@ -204,7 +205,12 @@ def _read_function(source: DataSource, key: str, seed: int) -> Iterator[LocatedR
         signature.bind(**params)
     except TypeError as error:
         raise ValueError(f"{key}.params = {source.params!r}: {source.source} takes {signature}: {error}") from error
-    for index, row in enumerate(function(**params)):
+    rows = function(**params)
+    if not isinstance(rows, Iterable):
+        raise ValueError(
+            f"{key}.source = {source.source!r}: gave a {type(rows).__name__}; the function must yield dicts"
+        )
+    for index, row in enumerate(rows):
         place = f"{source.source}, row {index + 1}"
         if not isinstance(row, dict):
             raise ValueError(f"{place}: is a {type(row).__name__}; the function must yield dicts")

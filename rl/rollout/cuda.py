@@ -24,6 +24,7 @@ from rl.rollout.kernels.rows import Rows, begin, finish
 from rl.rollout.kernels.sampling import draw, race
 from rl.rollout.sampling import Sampler
 from rl.rollout.state import RowState
+from rl.rollout.transfer import to_device
 
 
 class GraphKeeper:
@@ -42,7 +43,8 @@ class GraphKeeper:
 
 
 class CudaStepper:
-    """keeper: see there. `capture_s`, `warm_s`: time spent so far on capturing and on compiling."""
+    """keeper: see there. one_size: every step has as many rows as the state, however few are live. `capture_s`,
+    `warm_s`: time spent so far on capturing and on compiling."""
 
     name = "triton"
 
@@ -55,13 +57,14 @@ class CudaStepper:
         *,
         positions: int,
         keeper: GraphKeeper,
+        one_size: bool = False,
     ) -> None:
         self.cache, self.state, self.sampler = cache, state, sampler
         self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
         self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
         self.capture_s = self.warm_s = 0.0
         device = state.device
-        self._keeper = keeper
+        self._keeper, self._one_size = keeper, one_size
         self._how = sampling_switches(sampler).to(device)
         self._rows = Rows(
             token=state.token,
@@ -98,8 +101,8 @@ class CudaStepper:
         for row, slot in enumerate(prompt_slots):
             members.setdefault(slot, []).append(row)
         table = prompt_tiles(list(members.values()), self.decoder.rows_per_tile, self.state.slots)
-        self._tiles.copy_(torch.tensor(table, dtype=torch.int32), non_blocking=True)
-        self._size = batch_rung(len(prompt_slots), self.state.slots)
+        self._tiles.copy_(to_device(table, self.state.device, torch.int32))
+        self._size = self.state.slots if self._one_size else batch_rung(len(prompt_slots), self.state.slots)
 
     def extra_stats(self) -> dict[str, float | int]:
         return {"capture_s": self.capture_s, "warm_s": self.warm_s, "graphs": len(self._graphs)}

@@ -7,9 +7,11 @@ their place.
 
 A completion depends on the weights, its prompt and its seed: noise is a function of (seed, step, token id), and no
 row reads another. What remains is rounding: where a matmul's bits depend on the other rows, log-probabilities move by
-about 1e-6 and a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too on a
-CPU (bit-equal results for any batch; prompts are then prefilled one at a time), where MKL is told to keep to one
-kernel: start Python with MKL_CBWR=AUTO,STRICT (needed on a Sapphire Rapids, not on every AVX-512 processor).
+about 1e-6 and a token changes only if two candidates tie that closely. `batch_invariant=True` removes that too
+(bit-equal results for any batch; prompts are then prefilled one at a time). On a CPU, MKL must be told to keep to one
+kernel: start Python with MKL_CBWR=AUTO,STRICT (needed on a Sapphire Rapids, not on every AVX-512 processor). On a GPU
+products and splits follow the number of rows, so every step runs with the same number, `max_batch_size` or else 256,
+most of them standing still where few are asked for.
 
     engine = Engine(policy, cache_bytes=2**30)
     groups = engine.generate([RolloutRequest(problem, seeds=(1, 2))], SamplingParams(64, stop_token_ids=(2,)))
@@ -30,9 +32,12 @@ from rl.rollout.kernels import unsupported
 from rl.rollout.prefill import Prefill
 from rl.rollout.sampling import Sampler
 from rl.rollout.scheduler import Row, Scheduler, Turnover
-from rl.rollout.state import FinishedRow, RowState
+from rl.rollout.state import FinishedRow, Look, RowState
 from rl.rollout.stop_strings import StopStrings
+from rl.rollout.transfer import Mark, aside, to_device
 from rl.types import Completion, RolloutGroup, RolloutRequest, SamplingParams
+
+INVARIANT_ROWS = 256  # of every step on a GPU with batch_invariant, unless max_batch_size says otherwise
 
 OnGroup = Callable[[int, RolloutGroup], None]
 
@@ -43,7 +48,9 @@ class Engine:
     max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
     prefill_tokens: most prompt tokens in one forward (None: 8,192, on a GPU 32,768). steps_per_look: decode steps
-    between two looks of the host at which rows have ended (None: 1, and 16 where steps are captured in CUDA graphs).
+    between two looks of the host at which rows have ended (None: 1, and 8 where steps are captured in CUDA graphs).
+    look_behind: queue those steps before reading the look that precedes them, so that the device decodes while the host
+    takes rows out and prefills prompts; ended rows stay that much longer (None: where steps are captured).
     batch_invariant: see the top of this file. `stats` describes the last `generate`."""
 
     def __init__(
@@ -55,13 +62,15 @@ class Engine:
         decode_text: Callable[[list[int]], str] | None = None,
         prefill_tokens: int | None = None,
         steps_per_look: int | None = None,
+        look_behind: bool | None = None,
         batch_invariant: bool = False,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1, or null for as much as fits")
+        captured = unsupported(policy) is None
         if steps_per_look is None:
-            steps_per_look = 16 if unsupported(policy) is None else 1
+            steps_per_look = 8 if captured else 1
         if prefill_tokens is None:
             prefill_tokens = 32768 if policy.lm_head.weight.is_cuda else 8192
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_look", steps_per_look)):
@@ -71,6 +80,7 @@ class Engine:
         self.max_batch_size, self.cache_bytes = max_batch_size, cache_bytes
         self.decode_text = decode_text
         self.prefill_tokens, self.steps_per_look = prefill_tokens, steps_per_look
+        self.look_behind = captured if look_behind is None else look_behind
         self.batch_invariant = batch_invariant
         # For measurements with lengths drawn beforehand: (request, k) -> most tokens, at most max_completion_length.
         self.limit_of: Callable[[int, int], int] | None = None
@@ -110,8 +120,7 @@ class _Rollout:
         self.engine, self.params, self.on_group = engine, params, on_group
         policy = engine.policy
         self.device = policy.lm_head.weight.device
-        if engine.batch_invariant and self.device.type != "cpu":
-            raise ValueError("batch_invariant=True is offered on CPUs only: on a GPU tiles and splits follow the batch")
+        self.fixed_rows = self._fixed_rows()
         self.sampler = Sampler.from_params(params)
         self.stop_strings: StopStrings | None = None
         if params.stop_strings:
@@ -121,8 +130,10 @@ class _Rollout:
         longest_prompt = max(len(request.problem.prompt_ids) for request in requests)
         limit = max(params.max_completion_length, 1)
         routes_shape, routes_dtype = _routes_layout(policy.config)
-        # With this many rows, or a multiple, no elementwise loop ends within a row (see `ops.invariant_rows`).
-        self.row_multiple = ops.invariant_rows(policy.config.n_routed_experts or 1) if engine.batch_invariant else 1
+        self.row_multiple = self.fixed_rows or 1
+        if engine.batch_invariant and self.device.type == "cpu":
+            # With a multiple of this many rows no elementwise loop ends within a row (see `ops.invariant_rows`).
+            self.row_multiple = ops.invariant_rows(policy.config.n_routed_experts or 1)
         shape = self._cache_shape(requests, longest_prompt, limit, routes_shape, routes_dtype)
         config, dtype = policy.config, policy.lm_head.weight.dtype
         self.cache = LatentCache(
@@ -157,7 +168,9 @@ class _Rollout:
         self.groups: list[RolloutGroup | None] = [None] * len(requests)
         self.tokens = self.steps = self.row_steps = self.max_rows = 0
         self.longest, self.shortest = 0, 1  # own tokens in the cache of the longest row; sampled tokens of the shortest
-        self.prefill_s = self.decode_s = self.first_token_s = 0.0
+        self.prefills: list[tuple[Mark, Mark]] = []
+        self.first_token_s = 0.0
+        self.set_up_s = time.perf_counter() - self.started
 
     def _make_stepper(self, positions: int) -> Stepper:
         policy = self.engine.policy
@@ -165,8 +178,9 @@ class _Rollout:
             from rl.rollout.cuda import CudaStepper  # imports triton
 
             return CudaStepper(
-                policy, self.cache, self.state, self.sampler, positions=positions, keeper=self.engine.graph_keeper()
-            )
+                policy, self.cache, self.state, self.sampler, positions=positions, keeper=self.engine.graph_keeper(),
+                one_size=self.fixed_rows is not None,
+            )  # fmt: skip
         return TorchStepper(
             policy, self.cache, self.state, self.sampler, positions=positions, row_multiple=self.row_multiple
         )
@@ -196,34 +210,45 @@ class _Rollout:
 
     def _most_rows(self, requests: Sequence[RolloutRequest]) -> int:
         rows = sum(len(request.seeds) for request in requests)
-        return rows if self.engine.max_batch_size is None else min(rows, self.engine.max_batch_size)
+        most = self.fixed_rows or self.engine.max_batch_size
+        return rows if most is None else min(rows, most)
+
+    def _fixed_rows(self) -> int | None:
+        """Rows of every step, where equal bits need the same number always."""
+        if not self.engine.batch_invariant or self.device.type == "cpu":
+            return None
+        reason = unsupported(self.engine.policy)
+        if reason is not None:
+            raise ValueError(f"batch_invariant=True on a GPU needs the Triton kernels, but {reason}")
+        return self.engine.max_batch_size or INVARIANT_ROWS
 
     def run(self) -> list[RolloutGroup]:
         ended: list[int] = []
         while True:
-            turnover = self.scheduler.turn_over(ended)
-            self._apply(turnover)
+            self._apply(self.scheduler.turn_over(ended))
             if not self.scheduler.rows:
                 break
-            began = time.perf_counter()
-            if not (turnover.new_rows and bool(self.state.done[: len(self.scheduler.rows)].all())):
+            if self.engine.look_behind:
+                look = Look(self.state, len(self.scheduler.rows))
+                ended = self._take_ended(look, steps_since=self._decode())
+            else:
                 self._decode()
-            ended = self._look()
-            self.decode_s += time.perf_counter() - began
+                ended = self._take_ended(Look(self.state, len(self.scheduler.rows)), steps_since=0)
+        Mark(self.device).wait()  # captured steps end with the rollout: none may be under way
         self._write_stats()
         assert all(group is not None for group in self.groups)
         return [group for group in self.groups if group is not None]
 
     def _apply(self, turnover: Turnover) -> None:
-        """Move rows into holes, prefill new prompts, start new rows with their first token."""
-        began = time.perf_counter()
+        """Move rows into holes, prefill new prompts, start new rows with their first token. Only queues work."""
         if turnover.moves:
-            source, target = torch.tensor(turnover.moves, device=self.device).t()
-            longest = int(self.state.own_len.max()) + 1
-            self.cache.move(source, target, longest)
-            self.state.move(source, target, longest)
+            source, target = to_device(turnover.moves, self.device, torch.int64).t()
+            self.cache.move(source, target, self.longest + 1)
+            self.state.move(source, target, self.longest + 1)
         if turnover.new_prompts:
+            began = Mark(self.device)
             self.prompt_routes |= self.prefill.run(turnover.new_prompts)
+            self.prefills.append((began, Mark(self.device)))
         if turnover.new_rows:
             slots = self.state.start(turnover.new_rows)
             logits = self.prefill.logits.index_select(0, self.state.prompt_slot[slots])
@@ -231,7 +256,7 @@ class _Rollout:
             tokens, logprobs = self.stepper.draw(self.sampler, logits, self.state.seed[slots], first)
             self.state.record(slots, tokens, logprobs)
             self.shortest = 1
-            if not self.first_token_s:
+            if not self.first_token_s and not self.engine.look_behind:
                 self.first_token_s = time.perf_counter() - self.started
         rows = self.scheduler.rows
         self.state.done[len(rows) :] = True  # vacated slots must stand still if they pad a step
@@ -239,31 +264,36 @@ class _Rollout:
             slots_of = [row.group.prompt_slot for row in rows]
             self.stepper.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in rows])
             self.max_rows = max(self.max_rows, len(rows))
-        if turnover.new_prompts:
-            self.prefill_s += time.perf_counter() - began
 
-    def _decode(self) -> None:
-        """steps_per_look steps, without looking at what they drew."""
-        steps = min(self.engine.steps_per_look, self.state.limit - self.shortest)
+    def _decode(self) -> int:
+        """steps_per_look steps, or fewer where no row can take as many, without looking at what they drew -> how
+        many."""
+        steps = max(min(self.engine.steps_per_look, self.state.limit - self.shortest), 0)
         self.stepper.advance(steps, self.longest + 1)
         self.longest += steps
         self.steps += steps
         self.row_steps += steps * len(self.scheduler.rows)
+        return steps
 
-    def _look(self) -> list[int]:
-        """Read which rows have ended, hand their completions out -> their slots."""
+    def _take_ended(self, look: Look, *, steps_since: int) -> list[int]:
+        """Hand out the completions of the rows that had ended at the look -> their slots. steps_since: decode steps
+        queued after it."""
         rows = self.scheduler.rows
-        done, fed = torch.stack((self.state.done[: len(rows)], self.state.own_len[: len(rows)])).tolist()
+        done, fed = look.read()
+        if not self.first_token_s:
+            self.first_token_s = time.perf_counter() - self.started
         lengths = [n + 1 for n in fed]
-        self.longest = max(fed)
-        self.shortest = min(fed) + 1
-        if self.stop_strings is not None:
-            self._cut_at_stop_strings(lengths)
-        ended = [slot for slot, row in enumerate(rows) if done[slot] or row.cut is not None]
-        if ended:
+        self.longest = max(fed) + steps_since
+        alive = (n for n, ended in zip(lengths, done, strict=True) if not ended)
+        self.shortest = min(alive, default=self.state.limit) + steps_since
+        with aside(self.device):
+            if self.stop_strings is not None:
+                self._cut_at_stop_strings(lengths)
+            ended = [slot for slot, row in enumerate(rows) if done[slot] or row.cut is not None]
             lengths = [rows[slot].cut or min(lengths[slot], self.params.max_completion_length) for slot in ended]
-            for slot, finished in zip(ended, self.state.read(ended, lengths), strict=True):
-                self._take(rows[slot], finished)
+            finished = self.state.read(ended, lengths) if ended else []
+        for slot, outputs in zip(ended, finished, strict=True):
+            self._take(rows[slot], outputs)
         return ended
 
     def _cut_at_stop_strings(self, lengths: list[int]) -> None:
@@ -285,20 +315,22 @@ class _Rollout:
         self.tokens += len(tokens)
         if len(group.completions) == group.size:
             completions = [group.completions[k] for k in range(group.size)]
-            complete = RolloutGroup(group.request.problem, completions, self.prompt_routes.pop(group.index, None))
+            routes = self.prompt_routes.pop(group.index, None)  # a part of a buffer for all prompts prefilled together
+            complete = RolloutGroup(group.request.problem, completions, None if routes is None else routes.clone())
             self.groups[group.index] = complete
             if self.on_group is not None:
                 self.on_group(group.index, complete)
 
     def _write_stats(self) -> None:
         seconds = time.perf_counter() - self.started
+        prefill_s = sum(end.seconds_since(begin) for begin, end in self.prefills)
         self.engine.stats = {
             "backend": self.stepper.name,
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_s": self.tokens / seconds,
-            "prefill_s": self.prefill_s,
-            "decode_s": self.decode_s,
+            "prefill_s": prefill_s,
+            "decode_s": seconds - self.set_up_s - prefill_s,
             "first_token_s": self.first_token_s,
             "steps": self.steps,
             "max_batch": self.max_rows,

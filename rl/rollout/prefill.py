@@ -8,12 +8,14 @@ draws its first token, and the experts that the prompt tokens went through.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from rl.rollout.cache import LatentCache
 from rl.rollout.scheduler import Group
+from rl.rollout.transfer import to_device, to_host
 
 
 class Prefill:
@@ -41,13 +43,12 @@ class Prefill:
 
     def run(self, groups: Sequence[Group]) -> dict[int, torch.Tensor]:
         """Prefill the prompts of `groups` into their prompt slots -> by group index, routes (P, Lm, K) on the host
-        (none for a policy without experts)."""
-        chunks = self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids)))
-        used = [self._forward(chunk) for chunk in chunks]  # all queued before the first is read back
+        (none for a policy without experts). Only queued: the routes are there when the device has come so far."""
         routes: dict[int, torch.Tensor] = {}
-        for chunk, on_device in zip(chunks, used, strict=True):
-            if on_device is not None:
-                parts = on_device.cpu().split([len(group.prompt_ids) for group in chunk])
+        for chunk in self._chunks(sorted(groups, key=lambda group: len(group.prompt_ids))):
+            used = self._forward(chunk)
+            if used is not None:
+                parts = to_host(used).split([len(group.prompt_ids) for group in chunk])
                 routes |= {group.index: part for group, part in zip(chunk, parts, strict=True)}
         return routes
 
@@ -67,16 +68,17 @@ class Prefill:
         """-> routes of the packed prompts (T, Lm, K) on the device, or None."""
         device = self._cache.own.device
         lengths = [len(group.prompt_ids) for group in groups]
-        tokens = torch.tensor([token for group in groups for token in group.prompt_ids], device=device)
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        tokens = to_device([token for group in groups for token in group.prompt_ids], device, torch.int64)
+        ends = to_device([0, *accumulate(lengths)], device, torch.int32)
         slots = [group.prompt_slot for group in groups]
         stride = self._cache.shape.prompt_tokens
         places = torch.cat(
             [torch.arange(n) + slot * stride for n, slot in zip(lengths, slots, strict=True) if slot is not None]
-        ).to(device)
+        )
+        places = to_device(places, device, torch.int64)
         latents: list[torch.Tensor] = []
         hidden, routes = self._policy(tokens, ends, max(lengths), latents=latents)
         self._cache.store_prompts(latents, places, self._columns)
         last = hidden.index_select(0, ends[1:].long() - 1)
-        self.logits[torch.tensor(slots, device=device)] = self._policy.lm_head(last)
+        self.logits[to_device(slots, device, torch.int64)] = self._policy.lm_head(last)
         return None if routes is None else routes.to(self._routes_dtype)

@@ -14,6 +14,7 @@ import torch
 
 from rl.rollout.cache import LENGTH_MULTIPLE, LatentCache
 from rl.rollout.ops import AttentionPlan
+from rl.rollout.transfer import Mark, to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class RowState:
 
     def start(self, specs: list[RowSpec]) -> torch.Tensor:
         """Reset the slots of new rows -> their slots (n,). Their first token is then given by `record`."""
-        table = torch.tensor([(s.slot, s.prompt_slot, s.prompt_len, s.seed, s.limit) for s in specs], dtype=torch.int64)
-        slots, *columns = table.t().contiguous().to(self.device)
+        table = [(s.slot, s.prompt_slot, s.prompt_len, s.seed, s.limit) for s in specs]
+        slots, *columns = to_device(table, self.device, torch.int64).t().contiguous()
         for tensor, column in zip((self.prompt_slot, self.prompt_len, self.seed, self.row_limit), columns, strict=True):
             tensor[slots] = column
         self.own_len[slots] = -1  # `record` counts it up to 0: one token sampled, none fed
@@ -116,12 +117,13 @@ class RowState:
                 output[target, :length] = output[source, :length]
 
     def read(self, slots: list[int], lengths: list[int]) -> list[FinishedRow]:
-        """Outputs of ended rows, one transfer per tensor."""
-        index = torch.tensor(slots, device=self.device)
+        """Outputs of ended rows, one transfer per tensor; waits for what is queued on the current stream."""
+        index = to_device(slots, self.device, torch.int64)
         longest = max(lengths, default=0)
-        tokens = self.out_tokens[index, :longest].cpu()
-        logprobs = self.out_logprobs[index, :longest].cpu()
-        routes = None if self.out_routes is None else self.out_routes[index, : max(longest - 1, 0)].cpu()
+        tokens = to_host(self.out_tokens[index, :longest])
+        logprobs = to_host(self.out_logprobs[index, :longest])
+        routes = None if self.out_routes is None else to_host(self.out_routes[index, : max(longest - 1, 0)])
+        Mark(self.device).wait()
         return [
             FinishedRow(
                 tokens=tokens[i, :length].tolist(),
@@ -130,6 +132,20 @@ class RowState:
             )
             for i, length in enumerate(lengths)
         ]
+
+
+class Look:
+    """What the first `rows` slots look like at this place of the device's queue, to be read later."""
+
+    def __init__(self, state: RowState, rows: int) -> None:
+        self._picture = to_host(torch.stack((state.done[:rows], state.own_len[:rows])))
+        self._mark = Mark(state.device)
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """-> whether each row has ended (0 or 1), and how many tokens of it were fed (it has sampled one more)."""
+        self._mark.wait()
+        done, fed = self._picture.tolist()
+        return done, fed
 
 
 class PlanBuilder:

@@ -116,7 +116,13 @@ class Evaluator:
         if section.greedy:
             greedy = self._answers(1, replace(self.params, temperature=0.0), counted)
         if section.num_samples:
-            cut = replace(self.params, temperature=section.temperature, top_p=section.top_p, top_k=section.top_k)
+            cut = replace(
+                self.params,
+                temperature=section.temperature,
+                top_p=section.top_p,
+                top_k=section.top_k,
+                min_p=section.min_p,
+            )
             sampled = self._answers(section.num_samples, cut, counted)
         metrics = self._metrics(greedy, sampled) | {f"eval/{name}": amount for name, amount in counted.items()}
         return Evaluation(metrics, greedy, sampled)

@@ -48,7 +48,10 @@ def check_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, start_fr
 def policy_config(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> AnyConfig:
     """The configuration of the policy that `model` describes. ValueError for keys that it does not have."""
     if model.name_or_path is not None:
-        return _read_config(model.name_or_path)
+        try:
+            return _read_config(model.name_or_path)
+        except ValueError as error:
+            raise ValueError(f"model.name_or_path: {error}") from error
     values = config_values(model, tokenizer)
     model_type = values.get("model_type", "deepseek_v3")
     try:
@@ -68,6 +71,8 @@ def config_values(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> di
         if not path.is_file():
             raise ValueError(f"model.from_config = {given!r}: there is no file {path} (from {Path.cwd()})")
         given = load_json(path)
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: holds a {type(given).__name__}; a config.json is an object ({{...}})")
     values = dict(given)
     values.setdefault("vocab_size", len(tokenizer))
     values.setdefault("eos_token_id", tokenizer.eos_token_id)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from rl.config import Recipe
 from rl.train.checkpoint import save_json
-from rl.train.metrics import METRICS_FILE
+from rl.train.metrics import COMPLETIONS_FILE, METRICS_FILE
 from rl.train.record import read_rows, to_json
 
 SUMMARY_FILE = "summary.json"
@@ -189,7 +189,9 @@ def _draw(axis: Axes, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> bool:
         return True
     for part, label in (([p for p in points if p[0] <= 0], None), ([p for p in points if p[0] > 0], curve.label)):
         if part:
-            axis.plot([p[0] for p in part], [p[1] for p in part], color=curve.color, lw=1.4, label=label)
+            marker = "o" if len(part) == 1 else ""  # a line through one point would not be seen
+            xs, ys = [p[0] for p in part], [p[1] for p in part]
+            axis.plot(xs, ys, color=curve.color, lw=1.4, marker=marker, ms=4, label=label)
     return True
 
 
@@ -222,7 +224,8 @@ def _cold_start_summary(path: Path) -> dict[str, Any]:
 
 
 def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
-    """What a run says last: held-out accuracy and length before and after, time, and where to look."""
+    """What a run says last: held-out accuracy and length before and after, time, and where to look; only what the run
+    measured and wrote."""
     lines = ["", f"Run {summary['name']}, seed {summary['seed']}: {summary['train_seconds']:.0f} s of training"]
     before, after = "before GRPO", "after GRPO"
     for label, prefix in ((before, "cold_start"), (after, "final")):
@@ -231,10 +234,12 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
             greedy = summary[f"{prefix}_accuracy_greedy"]
             also = "" if greedy is None or greedy == accuracy else f" ({greedy:.1%} greedy)"
             lines.append(f"  held-out accuracy {label:<12} {accuracy:>6.1%}{also}, {length:.1f} tokens a completion")
-    lines += [
-        f"  everything is in  {folder}",
-        f"  the curves        {folder / CURVES_FILE}",
-        f"  what it says      {folder / 'completions.jsonl'}",
-        f"  the policy        {folder / 'policy'} (opens with transformers)",
-    ]
+    lines.append(f"  everything is in  {folder}")
+    for label, name, note in (
+        ("the curves", CURVES_FILE, ""),
+        ("what it says", COMPLETIONS_FILE, ""),
+        ("the policy", "policy", " (opens with transformers)"),
+    ):
+        if (folder / name).exists():
+            lines.append(f"  {label:<16}  {folder / name}{note}")
     return "\n".join(lines)

@@ -28,11 +28,15 @@ def claim_folder(
     """Make `folder` this run's and write the resolved recipe into it; the checkpoint to go on from, None to start at 0.
     Call on rank 0.
 
-    ValueError: another run holds the folder; it has checkpoints of an earlier run and `resume` is false; or these are
-    of another recipe, number of processes or ZeRO stage. Checkpoints newer than the one found, which are damaged, go.
+    ValueError: the folder cannot be written; another run holds it; it has checkpoints of an earlier run and `resume` is
+    false; or these are of another recipe, number of processes or ZeRO stage. Checkpoints newer than the one found,
+    which are damaged, go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _lock(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder} cannot be made or written: {error.strerror}") from error
     store = CheckpointStore(folder / CHECKPOINTS)
     if store.steps() and not resume:
         raise ValueError(

@@ -94,12 +94,14 @@ def open_session(recipe: Recipe, *, stage: Stage, resume: bool, start_from: Path
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
-    """The recipe's reward functions. ValueError for unknown names, parameters or weights, and for an eval.metric that
-    is none of them."""
+    """The recipe's reward functions. ValueError for unknown names or parameters, for weights that are all 0, and for an
+    eval.metric that is none of them."""
     rewards = recipe.rewards
     scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
     )
+    if not any(entry.weight for entry in scorer.entries):
+        raise ValueError("rewards.reward_funcs: the weights of all functions are 0; at least one must differ")
     rightness_function(scorer.entries, recipe.eval.metric)
     return scorer
 

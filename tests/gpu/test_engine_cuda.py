@@ -125,6 +125,29 @@ def test_truncated_sampling_and_a_small_budget() -> None:
     assert small.stats["max_batch"] < 24
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_rows_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    policy = make_policy(dtype)
+    params = SamplingParams(40, stop_token_ids=(3,))
+    requests = make_requests(RAGGED)
+    expected = Engine(policy, max_batch_size=48, batch_invariant=True).generate(requests, params)
+    for subset in ([2], [5, 0], [4, 3, 2, 1, 0]):
+        engine = Engine(policy, max_batch_size=48, batch_invariant=True)
+        for i, group in zip(subset, engine.generate([requests[i] for i in subset], params), strict=True):
+            for one, other in zip(group.completions, expected[i].completions, strict=True):
+                assert one.token_ids == other.token_ids
+                assert torch.equal(one.logprobs, other.logprobs)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_looking_behind_changes_nothing_but_time(behind: bool) -> None:
+    policy = make_policy(torch.float32)
+    params = SamplingParams(50, stop_token_ids=(3, 17))
+    engine = Engine(policy, max_batch_size=9, steps_per_look=3, look_behind=behind)
+    everything = Engine(policy, steps_per_look=1, look_behind=False).generate(make_requests(RAGGED), params)
+    assert tokens_of(engine.generate(make_requests(RAGGED), params)) == tokens_of(everything)
+
+
 def test_memory_does_not_grow_from_rollout_to_rollout() -> None:
     engine = Engine(make_policy(torch.bfloat16))
     held = []

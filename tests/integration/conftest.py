@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launch() -> Callable[..., str]:
     """Run a script to its end and return what it printed; fails the test with the output if it fails."""
 

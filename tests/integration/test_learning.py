@@ -26,14 +26,15 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("learning") / "run"
-
-
-def test_accuracy_and_length_rise(launch: Callable[..., str], run_folder: Path) -> None:
-    arguments = ["--config", str(RECIPE), "--output_dir", str(run_folder), *SHORT]
+def run_folder(launch: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learning") / "run"
+    arguments = ["--config", str(RECIPE), "--output_dir", str(folder), *SHORT]
     launch("scripts/sft.py", arguments, config="cpu.yaml")
     launch("scripts/grpo.py", arguments, config="cpu.yaml")
+    return folder
+
+
+def test_accuracy_and_length_rise(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     assert summary["final_accuracy"] >= summary["cold_start_accuracy"] + 0.2, summary
     assert summary["final_mean_length"] > 1.2 * summary["cold_start_mean_length"], summary

@@ -23,18 +23,24 @@ def mixture(folder: Path) -> Path:
         word = "abcdefghij"[n % 10] * 3
         rows += [
             {"prompt": row["prompt"], "answer": row["answer"], "task": "math"},
-            {"prompt": f"{word}{n}=", "answer": word, "task": "word"},
+            {"prompt": f"{word}{n}=", "word": word, "task": "word"},  # no answer
         ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = yaml.safe_load(TINY.read_text())
     recipe["data"]["train"] = {"source": str(folder / "rows.jsonl")}
+    recipe["data"]["missing_answers"] = "allow"
     recipe["data"].pop("eval")
     recipe.pop("eval")
     recipe["grpo"]["steps"] = 2
     recipe["rewards"]["reward_funcs"] = [
         "format",
         {"func": "accuracy", "when": {"column": "task", "equals": "math"}},
-        {"func": "exact_match", "name": "word", "when": {"column": "task", "equals": "word"}},
+        {
+            "func": "exact_match",
+            "name": "word",
+            "params": {"gold_column": "word"},
+            "when": {"column": "task", "equals": "word"},
+        },
     ]
     path = folder / "mixture.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -151,6 +151,7 @@ COMPOSITIONS = {
     "one row": {"max_batch_size": 1},
     "three rows": {"max_batch_size": 3},
     "seven rows, looking at every fifth step": {"max_batch_size": 7, "steps_per_look": 5},
+    "looking behind": {"max_batch_size": 7, "steps_per_look": 3, "look_behind": True},
     "small budget": {"cache_bytes": 110_000},
     "prompts one by one": {"prefill_tokens": 1},
 }

@@ -1,4 +1,5 @@
-"""scripts/quickstart.sh, what it launches: in a copy of the project whose set-up and launcher do nothing but report."""
+"""scripts/quickstart.sh, what it launches: in a copy of the project whose set-up and launcher do nothing but report.
+And scripts/setup.sh, with an interpreter that installs nothing."""
 
 from __future__ import annotations
 
@@ -70,14 +71,63 @@ def test_interrupted_grpo_goes_on(project: Path) -> None:
 
 
 def test_a_finished_run_is_shown_and_another_folder_is_another_run(project: Path) -> None:
-    folder = project / "runs" / "quickstart-seed0"
+    folder = project / "runs" / "my run-seed0"
     folder.mkdir(parents=True)
     last = {"eval/accuracy": 0.953, "eval/greedy_mean_length": 50.0}
     summary = {"name": "quickstart", **summarize_run([], seed=0, first=None, last=last, grpo_seconds=120.0)}
     (folder / "summary.json").write_text(json.dumps(summary))
-    launched, printed = quickstart(project)
-    assert launched == [] and "95.3%" in printed and "rm -r runs/quickstart-seed0" in printed
-    assert len(quickstart(project, "--seed=1")[0]) == 2
+    launched, printed = quickstart(project, "--name", "my run")
+    assert launched == [] and "95.3%" in printed and "rm -r runs/my\\ run-seed0" in printed
+    assert len(quickstart(project, "--name", "my run", "--seed=1")[0]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--seed", "1", "-h"]])
+def test_help_explains_and_starts_nothing(project: Path, arguments: list[str]) -> None:
+    (project / "scripts" / "setup.sh").write_text("exit 9\n")
+    launched, printed = quickstart(project, *arguments)
+    assert launched == [] and printed.startswith("The whole R1 pipeline") and "--seed 1 --grpo.steps 40" in printed
+
+
+def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """scripts/setup.sh in a copy of the project, with an interpreter whose environments only say what they are asked.
+    Making one fails half-way, as Debian's without python3-venv, until the file `whole` exists."""
+    (folder / "scripts").mkdir(exist_ok=True)
+    for name in ("scripts/setup.sh", "scripts/constraints.txt", "pyproject.toml"):
+        (folder / name).write_text((ROOT / name).read_text())
+    python = folder / "python"
+    python.write_text(
+        f"""#!/bin/sh
+        if [ "$2" != venv ]; then exec {sys.executable} "$@"; fi
+        mkdir -p .venv/bin
+        if [ -e whole ]; then said='echo "asked $*"'; else said="exit 1"; fi
+        printf '#!/bin/sh\n%s\n' "$said" > .venv/bin/python
+        chmod +x .venv/bin/python
+        [ -e whole ]
+        """
+    )
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", "scripts/setup.sh", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
+    assert setup(tmp_path).returncode == 1 and (tmp_path / ".venv" / "bin" / "python").exists()
+    (tmp_path / "whole").touch()
+    done = setup(tmp_path)
+    assert done.returncode == 0 and "creating .venv" in done.stdout and "asked -m pip" in done.stdout
+    assert "up to date" in setup(tmp_path).stdout
+
+
+def test_setup_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    done = setup(tmp_path, "--help")
+    assert done.returncode == 2 and "'--help' is not allowed; --dev, or nothing" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_a_mistake_in_the_arguments_is_told_once(project: Path) -> None:

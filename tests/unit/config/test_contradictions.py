@@ -55,6 +55,7 @@ REFUSED = [
     ([NO_EVAL, "--data.eval_overlap=warn"], "data.eval_overlap = 'warn': has no effect without data.eval"),
     (["--eval.greedy=false"], "eval.num_samples = 0: is 0 and greedy is false"),
     (["--eval.top_p=0.9"], "eval.top_p = 0.9: has no effect while num_samples is 0"),
+    (["--eval.min_p=0.1"], "eval.min_p = 0.1: has no effect while num_samples is 0"),
     (["--rewards.reward_weights=[1]"], "rewards.reward_weights = [1]: has 1 entries for 2 reward_funcs"),
     (["--rewards.reward_weights=[0, 0]"], "rewards.reward_weights = [0, 0]: are all 0"),
     (["--logging.run_name=x"], "logging.run_name = 'x': has no effect while report_to is empty"),

@@ -106,6 +106,42 @@ def test_a_key_of_another_section_is_sent_there(recipe_file: Path) -> None:
     assert "command line: optimizr: unknown key; did you mean optimizer?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--num_generation=3", "did you mean rollout.num_generations?"),
+        ("--rollout-temperature=3", "did you mean rollout.temperature?"),
+        ("--data.train.max_prompt_lenght=3", "did you mean data.max_prompt_length?"),
+        ("--learning_rte=1", "did you mean optimizer.learning_rate or sft.learning_rate?"),
+    ],
+)
+def test_a_misspelt_key_is_found_in_other_sections(recipe_file: Path, override: str, message: str) -> None:
+    assert message in refusal(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--rewards.reward_funcs=[format, 3]", "command line: rewards.reward_funcs[1] = 3: must be text or a mapping"),
+        ("--rewards.reward_funcs=['']", "command line: rewards.reward_funcs[0] = '': must not be empty"),
+        ("--rewards.reward_funcs=[]", "command line: rewards.reward_funcs = []: is empty; name at least one"),
+        ("--model.tokenizer=[1]", "command line: model.tokenizer = [1]: must be text or a mapping with the keys type"),
+        ("--model.from_config=3", "command line: model.from_config = 3: must be text or a mapping"),
+        ("--rollout.temperature.x=3", "command line: rollout.temperature: must be a valid number"),
+        ("--name=2024", "command line: name = 2024: must be text; in a file '2024' with its quotes, on the command"),
+        ("--data.train.source=[x.jsonl]", "command line: data.train.source = ['x.jsonl']: must be text"),
+    ],
+)
+def test_one_mistake_is_one_complaint(recipe_file: Path, override: str, message: str) -> None:
+    refused = refusal(recipe_file, override)
+    assert message in refused and ": 1 problem in this recipe:" in refused
+
+
+def test_a_key_in_angle_brackets_is_named(recipe_file: Path) -> None:
+    recipe_file.write_text(MINIMAL.replace("rollout:\n", "rollout:\n  <<: {temperature: 1}\n"))
+    assert "recipe.yaml:13: rollout.<<: unknown key" in refusal(recipe_file)
+
+
 def test_all_problems_come_at_once(recipe_file: Path) -> None:
     message = refusal(
         recipe_file, "--seed=true", "--grpo.loss_type=ppo", "--rollout.num_generations=1", "--grpo.beta=x",
@@ -142,6 +178,10 @@ def test_missing_keys_say_what_they_are_for(recipe_file: Path) -> None:
         ("name: [a\n", "is not valid YAML"),
         ("name: !!python/object:os.system x\n", "is not valid YAML"),
         ("- a\n- b\n", "holds a list; a recipe is a mapping"),
+        ("seed: 1\n7: x\n", ":2: a key must be text; put a number, true, false or null in quotes"),
+        ("grpo:\n  null: x\n", ":2: a key must be text"),
+        ("name: a\x00b\n", "is not valid YAML: unacceptable character"),
+        ("name: &a [*a]\n", "an anchor (&name) stands inside itself"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:

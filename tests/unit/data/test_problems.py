@@ -49,14 +49,18 @@ def test_a_row_becomes_a_problem(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": "2"}, "line 2: column 'prompt' is missing; this row has: 'answer'"),
+        (
+            {"answer": "2"},
+            "line 2: column 'prompt' is missing; this row has: 'answer' (columns: {prompt: OTHER} in the recipe takes",
+        ),
         ({"prompt": None, "answer": "2"}, "line 2: column 'prompt' is missing"),
         ({"prompt": 5, "answer": "2"}, "line 2: column 'prompt' has the wrong type int; expected text"),
         ({"prompt": "  \n", "answer": "2"}, "line 2: column 'prompt' is empty"),
         ({"prompt": "1", "answer": ""}, "line 2: column 'answer' is empty"),
+        ({"prompt": "1\ud83d", "answer": "2"}, "line 2: column 'prompt' is no text: half a character"),
         ({"prompt": "1", "answer": 0.5}, "line 2: column 'answer' has the wrong type float"),
         ({"prompt": "1", "answer": True}, "line 2: column 'answer' has the wrong type bool"),
-        ({"prompt": "1"}, "line 2: column 'answer' is missing; this row has: 'prompt'"),
+        ({"prompt": "1"}, "line 2: column 'answer' is missing or null (data.missing_answers: allow"),
         ({"prompt": "1zx", "answer": "2"}, "line 2: column 'prompt': the tokenizer does not know 'xz'"),
         ({"prompt": "1", "answer": "2", "id": 0.5}, "line 2: column 'id': expected text or a whole number"),
         ({"prompt": "1", "answer": "2", "id": "train/0"}, "line 2: column 'id': 'train/0' occurs already in"),
@@ -72,6 +76,20 @@ def test_bad_rows_are_refused(
     with pytest.raises(ValueError) as caught:
         load_problems(data_section(tmp_path, [{"prompt": "0+1=", "answer": "1"}, row]), tokenizer, "train")
     assert message in str(caught.value) and "train.jsonl" in str(caught.value)
+
+
+def test_rows_without_an_answer_pass_where_the_recipe_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "1", "answer": "2"}, {"prompt": "2"}, {"prompt": "3", "answer": None}]
+    problems = load_problems(data_section(tmp_path, rows, missing_answers="allow"), tokenizer, "train")
+    assert [problem.columns["answer"] for problem in problems] == ["2", None, None]
+    with pytest.raises(ValueError, match="line 2: column 'answer' is empty"):
+        load_problems(
+            data_section(tmp_path, [rows[0], {"prompt": "2", "answer": ""}], missing_answers="allow"),
+            tokenizer,
+            "train",
+        )
 
 
 def test_messages_are_prompts_under_a_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -108,6 +126,9 @@ def test_held_out_prompts_must_not_be_trained_on(
     same = [{"prompt": "1+3"}, {"prompt": " a   b "}]
     with pytest.raises(ValueError, match=r"1 of 2 held-out problems .* are also trained on .* eval/1: ' a   b '"):
         load_train_and_eval(data_section(tmp_path, train, same), tokenizer)
+    long = [{"prompt": "1" * 300 + "+2=?"}]  # the end is shown: a template's words stand before the question
+    with pytest.raises(ValueError, match=r"eval/0: '1{196}\+2=\?'"):
+        load_train_and_eval(data_section(tmp_path, long, long, max_prompt_length=400), tokenizer)
     load_train_and_eval(data_section(tmp_path, train, same, eval_overlap="warn"), tokenizer)
     assert "1 of 2 held-out problems" in caplog.text
 

@@ -41,6 +41,11 @@ def test_csv_keeps_text_and_counts_lines_over_line_breaks(tmp_path: Path) -> Non
     assert read_rows(DataSource(source=str(path)), key="k")[1].place.endswith("line 4")
 
 
+def test_csv_fields_may_be_long(tmp_path: Path) -> None:
+    long = "x" * 200_000  # as the tests of a program are; Python's own limit is 131,072
+    assert read(write(tmp_path / "a.csv", f"q,a\n{long},1\n")) == [{"q": long, "a": "1"}]
+
+
 def test_json_and_parquet(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[{"q": "1"}, {"q": 2}]')
     assert read(path) == [{"q": "1"}, {"q": 2}]
@@ -125,6 +130,9 @@ def rows(size, seed=0, start: int = 0):
 def strings():
     return ["a"]
 
+def forgot_to_yield():
+    pass
+
 def needs_missing_module():
     import not_installed_anywhere
 """
@@ -157,6 +165,7 @@ def test_a_function_that_takes_a_seed_gets_one_of_the_run(generator: str) -> Non
         ("rows", {"size": 0}, "holds no rows"),
         ("strings", {}, "row 1: is a str; the function must yield dicts"),
         ("nothing", {}, "has no function 'nothing'"),
+        ("forgot_to_yield", {}, "gave a NoneType; the function must yield dicts"),
     ],
 )
 def test_python_functions_that_do_not_fit(generator: str, name: str, params: dict[str, Any], message: str) -> None:

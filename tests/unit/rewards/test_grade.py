@@ -89,6 +89,16 @@ def test_missing_and_empty_files(grade: ModuleType, tmp_path: Path, capsys: pyte
     assert grade.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "v.jsonl")]) == 2
     assert grade.main([str(write(tmp_path / "empty.jsonl", [])), "--out", str(tmp_path / "v.jsonl")]) == 2
     assert "no rows" in capsys.readouterr().err
+    (tmp_path / "latin.jsonl").write_bytes(b'\n{"id": "caf\xe9"}\n')
+    assert grade.main([str(tmp_path / "latin.jsonl"), "--out", str(tmp_path / "v.jsonl")]) == 2
+    assert "latin.jsonl: 1 bad rows\n  row 2: " in capsys.readouterr().err
+
+
+def test_the_cases_are_not_written_over(grade: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = write(tmp_path / "cases.jsonl", ROWS)
+    before = cases.read_bytes()
+    assert grade.main([str(cases), "--out", f"{tmp_path}/../{tmp_path.name}/cases.jsonl"]) == 2
+    assert "which would be lost" in capsys.readouterr().err and cases.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,13 @@ def test_command_line(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["acuracy"], "did you mean 'accuracy'"),
         (["accuracy", "--data", str(tmp_path / "none.jsonl")], "No such file"),
         (["cosine", "--params", '{"max_len": 0}'], "max_len: 0 is not allowed"),
+        (["cosine", "--params", "{max_len: 10}"], "--params {max_len: 10}: is not JSON: Expecting property name"),
+        (["accuracy", "--rows", "0"], "--rows 0: allowed from 1"),
     ):
         assert main(arguments) == 2 and says in capsys.readouterr().err
-    data.write_text('{"answer": 1}\n[1]\n')
-    assert main(["accuracy", "--data", str(data)]) == 2 and "line 2" in capsys.readouterr().err
+    for content in (b'{"answer": 1}\n[1]\n', b'{"answer": 1}\n{"answer": "\xe9"}\n'):
+        data.write_bytes(content)
+        assert main(["accuracy", "--data", str(data)]) == 2 and "rows.jsonl, line 2: " in capsys.readouterr().err
 
 
 def test_a_recipe_brings_its_functions_and_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -52,8 +54,9 @@ def test_zero_token_limit_gives_empty_completions(policy: Policy) -> None:
 def test_the_stop_token_is_kept_and_nothing_follows_it(policy: Policy) -> None:
     requests = [request("a", 4, 8), request("bb", 9, 8)]
     free = Engine(policy, cache_bytes=2**22).generate(requests, SamplingParams(40))
-    for stops in ((4,), (4, 17), tuple(range(26))):
-        stopped = Engine(policy, cache_bytes=2**22, steps_per_look=3).generate(requests, SamplingParams(40, stops))
+    for stops, behind in product(((4,), (4, 17), tuple(range(26))), (False, True)):
+        engine = Engine(policy, cache_bytes=2**22, steps_per_look=3, look_behind=behind)
+        stopped = engine.generate(requests, SamplingParams(40, stops))
         for one, other in zip(free, stopped, strict=True):
             for long, short in zip(one.completions, other.completions, strict=True):
                 ends = [t for t, token in enumerate(long.token_ids) if token in stops]
@@ -64,13 +67,14 @@ def test_the_stop_token_is_kept_and_nothing_follows_it(policy: Policy) -> None:
                 assert short.routes is not None and len(short.routes) == len(expected) - 1
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("steps_per_look", [1, 4, 100])
-def test_stop_strings_cut_at_the_token_that_completes_them(policy: Policy, steps_per_look: int) -> None:
+def test_stop_strings_cut_at_the_token_that_completes_them(policy: Policy, steps_per_look: int, behind: bool) -> None:
     requests = [request("a", 4, 8), request("bb", 9, 8)]
     free = Engine(policy, cache_bytes=2**22).generate(requests, SamplingParams(40))
     text = letters(free[0].completions[0].token_ids)
     strings = (text[10:13], "z")
-    engine = Engine(policy, cache_bytes=2**22, decode_text=letters, steps_per_look=steps_per_look)
+    engine = Engine(policy, cache_bytes=2**22, decode_text=letters, steps_per_look=steps_per_look, look_behind=behind)
     stopped = engine.generate(requests, SamplingParams(40, stop_strings=strings))
     cut = 0
     for one, other in zip(free, stopped, strict=True):
@@ -124,8 +128,9 @@ def test_the_cache_stays_within_its_budget(policy: Policy, budget: int) -> None:
     assert engine.stats["cache_bytes"] <= budget
 
 
-def test_lengths_can_be_given_for_each_row(policy: Policy) -> None:
-    engine = Engine(policy, cache_bytes=2**22, max_batch_size=3)
+@pytest.mark.parametrize("options", [{}, {"steps_per_look": 4}, {"steps_per_look": 4, "look_behind": True}])
+def test_lengths_can_be_given_for_each_row(policy: Policy, options: dict[str, int]) -> None:
+    engine = Engine(policy, cache_bytes=2**22, max_batch_size=3, **options)
     engine.limit_of = lambda request, k: 1 + 5 * request + k
     groups = engine.generate([request("a", 4, 3), request("bb", 4, 3)], SamplingParams(16))
     assert [[len(c.token_ids) for c in group.completions] for group in groups] == [[1, 2, 3], [6, 7, 8]]
@@ -166,3 +171,10 @@ def test_many_rows_and_a_wide_expert_index() -> None:
     (group,) = Engine(init_policy(config, seed=1), cache_bytes=2**24).generate([request("a", 4, 5)], SamplingParams(6))
     routes = torch.cat([c.routes for c in group.completions if c.routes is not None])
     assert routes.dtype == torch.int16 and int(routes.max()) > 127
+
+
+def test_looking_behind_wastes_no_step_where_lengths_are_known(policy: Policy) -> None:
+    engine = Engine(policy, cache_bytes=2**22, max_batch_size=4, steps_per_look=4, look_behind=True)
+    groups = engine.generate([request("a", 5, 4), request("bb", 9, 4)], SamplingParams(23))
+    assert {len(c.token_ids) for group in groups for c in group.completions} == {23}
+    assert engine.stats["steps"] == 2 * 22 and engine.stats["busy_frac"] == 23 / 22

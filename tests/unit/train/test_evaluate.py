@@ -54,8 +54,9 @@ def spoken(*answers: str) -> dict[str, list[str]]:
 
 def test_accuracy_pass_and_majority() -> None:
     engine = Spoken(spoken("0010", "1222", "3345", "3333"))
-    found = evaluation({}, "0123", engine=engine, num_samples=4, temperature=0.7, top_p=0.9)
-    assert [p.temperature for p in engine.params] == [0.0, 0.7] and engine.params[1].top_p == 0.9
+    found = evaluation({}, "0123", engine=engine, num_samples=4, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)
+    drawn = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in engine.params]
+    assert drawn == [(0.0, 1.0, 0, 0.0), (0.7, 0.9, 5, 0.1)]
     metrics = found.metrics
     assert metrics["eval/accuracy"] == 3 / 4  # p2 is wrong
     assert metrics["eval/sampled_accuracy"] == (3 + 1 + 0 + 4) / 16

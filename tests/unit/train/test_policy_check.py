@@ -102,6 +102,21 @@ def test_what_it_cannot_do_is_refused(overrides: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("from_config", "list.json: holds a list; a config.json is an object"),
+        ("name_or_path", "model.name_or_path: .*: no config.json"),
+    ],
+)
+def test_what_is_no_config_is_told_with_its_place(key: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text("[1]")
+    other = "--model.from_config=null" if key == "name_or_path" else "--seed=0"
+    with pytest.raises(ValueError, match=said):
+        check(f"--model.{key}={path if key == 'from_config' else tmp_path}", other)
+
+
 def test_everything_is_told_at_once() -> None:
     with pytest.raises(
         ValueError, match=r"does not fit the policy:\n  rollout\.engine.*\n  model\.router.*\n  sft\.max"

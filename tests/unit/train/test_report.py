@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from rl.config import load_recipe
 from rl.train.record import JsonLines
-from rl.train.report import draw_curves, summarize_run, versions, write_run_report
+from rl.train.report import closing_text, draw_curves, summarize_run, versions, write_run_report
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
 FIRST = {
@@ -95,6 +95,33 @@ def test_report_is_written_from_the_run_folder(tmp_path: Path) -> None:
     assert summary["overlong_train_prompts"] == 3 and summary["overlong_sft_rows"] == 7
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[0] > 500 and picture.std() > 0.05
+
+
+def test_the_closing_text_names_what_was_written(tmp_path: Path) -> None:
+    summary = {"name": "x", **summarize_run([], seed=0, first=None, last=LAST, grpo_seconds=40.0)}
+    (tmp_path / "curves.png").touch()
+    assert closing_text(summary, tmp_path).splitlines()[1:] == [
+        "Run x, seed 0: 40 s of training",
+        "  held-out accuracy after GRPO    97.0% (100.0% greedy), 49.0 tokens a completion",
+        f"  everything is in  {tmp_path}",
+        f"  the curves        {tmp_path / 'curves.png'}",
+    ]
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "completions.jsonl").touch()
+    assert closing_text(summary, tmp_path).splitlines()[-2:] == [
+        f"  what it says      {tmp_path / 'completions.jsonl'}",
+        f"  the policy        {tmp_path / 'policy'} (opens with transformers)",
+    ]
+
+
+def test_a_single_step_is_seen(tmp_path: Path) -> None:
+    def blue(rows: list[dict[str, Any]], cold_start: list[dict[str, Any]]) -> int:
+        draw_curves(rows, tmp_path / "curves.png", cold_start=cold_start)
+        colors = imread(tmp_path / "curves.png")[..., :3] * 255
+        return int((abs(colors - (31, 119, 180)).sum(-1) < 3).sum())  # matplotlib's tab:blue
+
+    both = blue([{"step": 1, "reward": 1.0, "entropy": 0.5}], [{"step": 20, "entropy": 1.5}])
+    assert both > blue([{"step": 1, "reward": 1.0, "entropy": 0.5}], []) > blue([{"step": 1, "entropy": 0.5}], []) > 0
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == recipe()
 
 
+def test_a_folder_that_cannot_be_made_is_a_mistake_in_output_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=f"output_dir: {folder} cannot be made or written: "):
+            claim(folder)
+
+
 def test_a_new_folder_gets_the_resolved_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert claim(tmp_path / "run", resume=True) is None
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe()

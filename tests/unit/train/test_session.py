@@ -44,6 +44,13 @@ def test_the_metric_must_be_one_of_the_reward_functions() -> None:
         session.make_scorer(load_recipe(RECIPE, ["--eval.metric=acuracy"]))
 
 
+def test_one_weight_at_least_is_not_zero() -> None:
+    none = "--rewards={reward_funcs: [{func: format, weight: 0}, {func: accuracy, weight: 0.0}]}"
+    with pytest.raises(ValueError, match="weights of all functions are 0"):
+        session.make_scorer(load_recipe(RECIPE, [none]))
+    session.make_scorer(load_recipe(RECIPE, [none.replace("0.0", "1")])).close()
+
+
 def load(*overrides: str) -> tuple[ProblemSet, ProblemSet | None]:
     recipe = load_recipe(RECIPE, overrides)
     return session.load_data(recipe, load_tokenizer(recipe.model), session.make_scorer(recipe))
