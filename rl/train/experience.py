@@ -86,8 +86,9 @@ class Experience:
             lines.append(f"    [{scores}; {record.tokens} tokens] {record.text.strip()[:600]}")
         return "\n".join(lines)
 
-    def rows(self, *, mask_truncated: bool, replay_routes: bool) -> list[Row]:
-        """This rank's rows for training. mask_truncated: completions that were cut off get no loss."""
+    def rows(self, *, mask_truncated: bool) -> list[Row]:
+        """This rank's rows for training, with their routes if they were recorded. mask_truncated: completions that were
+        cut off get no loss."""
         per_group = self.rewards.shape[1]
         return [
             Row(
@@ -96,7 +97,7 @@ class Experience:
                 completion_ids=completion.token_ids,
                 advantage=float(self.advantages[b, k]),
                 sampling_logprobs=completion.logprobs,
-                routes=_row_routes(group, completion) if replay_routes else None,
+                routes=_row_routes(group, completion),
                 trained=not (mask_truncated and completion.truncated) and not bool(self.rewards[b, k].isnan()),
             )
             for b, group in zip(self.positions, self.groups, strict=True)

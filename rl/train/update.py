@@ -67,7 +67,7 @@ class GRPOUpdate:
     ) -> UpdateResult:
         """All optimizer steps of GRPO step number `step` (0-based). after_each: called after each optimizer step; what
         it raises ends the update there."""
-        recorded = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=True)
+        recorded = experience.rows(mask_truncated=self.section.mask_truncated_completions)
         probe = self._probe_own_routes(recorded) if experience.routes_recorded else {}
         rows = recorded if replay_routes else [replace(row, routes=None) for row in recorded]
         mini_batches = self._split(rows, experience)

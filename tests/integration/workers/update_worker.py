@@ -109,7 +109,7 @@ FLAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def survives_nan(learner: Learner, flaw: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """A flaw on the last rank alone leaves this rank's weights alone and is told here; the next step is a step
     again."""
-    rows = make_experience(0).rows(mask_truncated=False, replay_routes=isinstance(learner.policy, Policy))
+    rows = make_experience(0, with_routes=isinstance(learner.policy, Policy)).rows(mask_truncated=False)
     batches = pack_rows(rows[:3], max_tokens=20)
 
     def sound(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ def make_learner(*, seed: int) -> Learner:
 
 @pytest.fixture
 def batches() -> list[MicroBatch]:
-    return pack_rows(make_experience(0).rows(mask_truncated=False, replay_routes=True), max_tokens=60)
+    return pack_rows(make_experience(0).rows(mask_truncated=False), max_tokens=60)
 
 
 def own_logprobs(learner: Learner, batches: list[MicroBatch]) -> torch.Tensor:
