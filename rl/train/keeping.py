@@ -66,6 +66,8 @@ class Keeper:
         self.elapsed_s = float(state["elapsed_s"])
         self.extra = dict(state["extra"])
         if is_main_process():
+            if (found.path / RUN_ID_FILE).exists():  # whatever became of the folder's: the tracker's run goes on
+                shutil.copy(found.path / RUN_ID_FILE, self.folder / RUN_ID_FILE)
             print(f"[aha] resumed from {found.path}", flush=True)
         return int(found.step)
 

@@ -16,6 +16,7 @@ import yaml
 
 from rl.config import load_recipe
 from rl.policy.moe import Router
+from rl.train.metrics import RUN_ID_FILE
 from rl.train.record import read_rows
 from rl.train.sft import ColdStart
 from rl.train.trainer import GRPOTrainer
@@ -113,6 +114,15 @@ def test_a_counter_that_is_no_number_costs_no_checkpoint(tmp_path: Path) -> None
     run = f"--rewards.reward_funcs=['{tmp_path}/own.py:mean']"
     trainer(tmp_path, run, "--eval.eval_steps=1", "--checkpoint.save_steps=1", steps=2).train()
     assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_resumed_run_goes_on_with_the_tracker_run_of_its_checkpoint(tmp_path: Path) -> None:
+    keeper = trainer(tmp_path).keeper
+    (tmp_path / RUN_ID_FILE).write_text("0a1b2c3d\n")
+    keeper.save(1, elapsed_s=0.0)
+    (tmp_path / RUN_ID_FILE).write_text("")  # killed while it was written
+    assert keeper.restore(keeper.store.latest_valid()) == 1
+    assert (tmp_path / RUN_ID_FILE).read_text() == "0a1b2c3d\n"
 
 
 def test_as_many_checkpoints_stay_as_the_recipe_says(tmp_path: Path) -> None:
