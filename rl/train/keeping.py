@@ -42,11 +42,13 @@ class NonFiniteError(RuntimeError):
 class Keeper:
     """Checkpoints of one run, written and read by all ranks together.
 
-    elapsed_s: training seconds before this process started. extra: what the trainer stored beside the step."""
+    data: `rl.data.fingerprint` of what is trained on. elapsed_s: training seconds before this process started. extra:
+    what the trainer stored beside the step."""
 
-    def __init__(self, folder: Path, learner: Learner, *, keep: int | None) -> None:
+    def __init__(self, folder: Path, learner: Learner, *, keep: int | None, data: str) -> None:
         self.folder = folder
         self.learner = learner
+        self.data = data
         self.elapsed_s = 0.0
         self.extra: dict[str, Any] = {}
         self.store = CheckpointStore(
@@ -85,6 +87,7 @@ class Keeper:
                     "elapsed_s": elapsed_s,
                     "world_size": world_size(),
                     "zero_stage": self.learner.stage,
+                    "data": self.data,
                     "extra": extra or {},
                 }
                 save_json(folder / STATE_FILE, state)
