@@ -6,6 +6,7 @@
     problems = [train[i] for i in order.indices(step)]
 """
 
+from rl.data.fingerprint import fingerprint
 from rl.data.order import ProblemOrder
 from rl.data.problems import ProblemSet, load_problems, load_train_and_eval, refuse_overlap
 from rl.data.sft_rows import SFTRow, SFTRows, load_sft_rows
@@ -19,6 +20,7 @@ __all__ = [
     "SFTRow",
     "SFTRows",
     "build_tokenizer",
+    "fingerprint",
     "load_problems",
     "load_sft_rows",
     "load_tokenizer",

@@ -43,11 +43,13 @@ class NonFiniteError(RuntimeError):
 class Keeper:
     """Checkpoints of one run, written and read by all ranks together.
 
-    elapsed_s: training seconds before this process started. extra: what the trainer stored beside the step."""
+    data: `rl.data.fingerprint` of what is trained on. elapsed_s: training seconds before this process started. extra:
+    what the trainer stored beside the step."""
 
-    def __init__(self, folder: Path, learner: Learner, *, keep: int | None) -> None:
+    def __init__(self, folder: Path, learner: Learner, *, keep: int | None, data: str) -> None:
         self.folder = folder
         self.learner = learner
+        self.data = data
         self.elapsed_s = 0.0
         self.extra: dict[str, Any] = {}
         self.store = CheckpointStore(
@@ -88,6 +90,7 @@ class Keeper:
                     "elapsed_s": elapsed_s,
                     "world_size": world_size(),
                     "zero_stage": self.learner.stage,
+                    "data": self.data,
                     "extra": to_json(extra or {}),  # a counter of a user's function may be NaN
                 }
                 save_json(folder / STATE_FILE, state)

@@ -75,6 +75,19 @@ def _changes_since(found: FoundCheckpoint, recipe: Recipe, stage: Stage) -> list
         raise ValueError(f"{found.path / RECIPE_FILE}: {error}") from error
 
 
+def check_same_data(found: FoundCheckpoint | None, data: str, *, key: str) -> None:
+    """ValueError if the checkpoint is of a run on other rows than those of the recipe's `key`; data: `fingerprint` of
+    these. What is found is known on rank 0; other ranks have nothing to check."""
+    if found is None:
+        return
+    saved = load_json(found.path / STATE_FILE)["data"]
+    if saved != data:
+        raise ValueError(
+            f"{key}: its rows are not those that {found.path} was trained on (digest {data}, there {saved}): their "
+            "order would be another; put them back to resume, or give another name or output_dir to start another run"
+        )
+
+
 def _check_same_launch(checkpoint: Path, zero_stage: int | None) -> None:
     state = load_json(checkpoint / STATE_FILE)
     for key, now in (("world_size", world_size()), ("zero_stage", zero_stage)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rl.config import Recipe
-from rl.data import ProblemOrder, load_sft_rows, refuse_overlap
+from rl.data import ProblemOrder, fingerprint, load_sft_rows, refuse_overlap
 from rl.data.sft_rows import SFTRow
 from rl.distributed import derive_seed, is_main_process, rank, world_size
 from rl.policy.model import moe_leaf_classes
@@ -22,6 +22,7 @@ from rl.train.batching import MicroBatch, Row, pack_rows
 from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner, Scored
 from rl.train.metrics import MetricsLogger, Progress
+from rl.train.run_folder import check_same_data
 from rl.train.session import POLICY_FOLDER, load_data, make_policy, make_scorer, open_session
 
 
@@ -49,6 +50,8 @@ class ColdStart:
         if held_out is not None:
             trained = [row.prompt for row in self.rows]
             refuse_overlap(trained, held_out, on_overlap=recipe.data.eval_overlap, key="sft.data")
+        data = fingerprint(self.rows)
+        check_same_data(self.session.found, data, key="sft.data")
         policy = make_policy(recipe.model, tokenizer, seed=recipe.seed, device=self.session.accelerator.device)
         self.learner = Learner(
             policy,
@@ -58,7 +61,7 @@ class ColdStart:
             zero3_leaf_classes=moe_leaf_classes(policy),
         )
         self.order = ProblemOrder(len(self.rows), derive_seed(recipe.seed, "sft"), self.section.batch_size)
-        self.keeper = Keeper(self.session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
+        self.keeper = Keeper(self.session.folder, self.learner, keep=recipe.checkpoint.save_total_limit, data=data)
         self.start_step = self.keeper.restore(self.session.found)
 
     def train(self) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rewards.scorer import RewardScorer
 from rl.config import Recipe
-from rl.data import ProblemOrder
+from rl.data import ProblemOrder, fingerprint
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
@@ -29,6 +29,7 @@ from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner
 from rl.train.metrics import MetricsLogger, Progress
 from rl.train.report import closing_text, write_run_report
+from rl.train.run_folder import check_same_data
 from rl.train.session import (
     POLICY_FOLDER,
     Session,
@@ -69,8 +70,9 @@ class GRPOTrainer:
         if self.metric is None and is_main_process():
             print("[aha] no reward function says whether an answer is right: no accuracy (eval.metric can name one)")
         train, held_out = load_data(recipe, session.tokenizer, scorer)
-        self._assemble(recipe, session, scorer, start_from)
-        self.train_set = train
+        self.train_set, data = train, fingerprint(train)
+        check_same_data(session.found, data, key="data.train")
+        self._assemble(recipe, session, scorer, start_from, data=data)
         self.dropped = {"overlong_train_prompts": train.overlong}
         rollout = recipe.rollout
         self.order = ProblemOrder(len(train), recipe.seed, rollout.prompts_per_step, shuffle=recipe.data.shuffle)
@@ -95,7 +97,9 @@ class GRPOTrainer:
             **self.keeper.extra,
         }
 
-    def _assemble(self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None) -> None:
+    def _assemble(
+        self, recipe: Recipe, session: Session, scorer: RewardScorer, start_from: Path | None, *, data: str
+    ) -> None:
         self.recipe, self.session, self.scorer = recipe, session, scorer
         policy = make_policy(
             recipe.model, session.tokenizer, seed=recipe.seed, device=session.accelerator.device, start_from=start_from
@@ -117,7 +121,7 @@ class GRPOTrainer:
             temperature=recipe.rollout.temperature,
             max_completion_length=recipe.rollout.max_completion_length,
         )
-        self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit)
+        self.keeper = Keeper(session.folder, self.learner, keep=recipe.checkpoint.save_total_limit, data=data)
 
     def train(self) -> None:
         """All steps of the recipe that are left. An evaluation comes after the checkpoint of its step, so that one that

@@ -170,7 +170,7 @@ def main() -> None:
     die_with_launcher()
     torch.set_num_threads(1)
     learner = make_learner(arguments)
-    keeper = Keeper(Path(arguments.scratch), learner, keep=2)
+    keeper = Keeper(Path(arguments.scratch), learner, keep=2, data="")
 
     def step(number: int, loss: str) -> dict[str, float]:
         section = GRPOSection(

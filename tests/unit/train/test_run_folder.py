@@ -9,7 +9,7 @@ import pytest
 from rl.config import Recipe, load_recipe
 from rl.train import run_folder
 from rl.train.checkpoint import CheckpointStore, FoundCheckpoint, save_json
-from rl.train.run_folder import claim_folder
+from rl.train.run_folder import check_same_data, claim_folder
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
 
@@ -36,8 +36,18 @@ def recipe(*overrides: str) -> Recipe:
 def save(folder: Path, step: int, *overrides: str) -> None:
     """A checkpoint as a run leaves it, as far as it matters here."""
     with CheckpointStore(folder / "checkpoints").writing(step) as path:
-        save_json(path / "trainer.json", {"step": step, "world_size": 1, "zero_stage": None})
+        state = {"step": step, "world_size": 1, "zero_stage": None, "data": "0123456789abcdef"}
+        save_json(path / "trainer.json", state)
         recipe(*overrides).dump(path / "recipe.yaml")
+
+
+def test_a_run_is_not_resumed_on_other_rows(tmp_path: Path) -> None:
+    check_same_data(None, "other", key="data.train")  # a new run, or not rank 0
+    save(tmp_path, 2)
+    found = claim(tmp_path, resume=True)
+    check_same_data(found, "0123456789abcdef", key="data.train")
+    with pytest.raises(ValueError, match=r"^data\.train: its rows are not those that .*step.* \(digest fe, there 0123"):
+        check_same_data(found, "fe", key="data.train")
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
