@@ -83,7 +83,7 @@ class OptimizerSection(Section):
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
     """Gradients with a larger norm are scaled down to it; null: never."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last optimizer step."""
+    """Course of the learning rate after the warm-up; linear and cosine reach 0 after the last optimizer step."""
     warmup_steps: Natural = 0
     """Optimizer steps in which the learning rate rises from 0, with every schedule."""
     micro_batch_tokens: Positive = 16384

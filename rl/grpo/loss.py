@@ -23,6 +23,7 @@ where A < 0 (INTELLECT-2, 2505.07291, two-sided clipping; the value of dual-clip
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -137,9 +138,9 @@ def loss_divisor(
 def summarize_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Totals of `LossSums.metrics` -> means per loss token (per row for the off-policy mask), under TRL's names.
 
-    With no loss token at all the means are 0.
+    With no loss token at all there is nothing to take a mean of: NaN.
     """
-    tokens, rows = max(sums["loss_tokens"], 1.0), max(sums["loss_rows"], 1.0)
+    tokens, rows = sums["loss_tokens"] or math.nan, sums["loss_rows"] or math.nan
     names = {
         "clip_ratio/low_mean": ("clip_low", tokens),
         "clip_ratio/high_mean": ("clip_high", tokens),

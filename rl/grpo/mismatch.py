@@ -7,6 +7,7 @@ returned as sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -47,7 +48,7 @@ def routing_disagreement(recorded: Tensor, live: Tensor) -> dict[str, Tensor]:
 
 def summarize_mismatch(sums: Mapping[str, float]) -> dict[str, float]:
     """Totals of the sums above -> `mismatch_kl`, `mismatch_abs` (nats per token), `routing/disagreement_frac` (of
-    token-layers), `routing/experts_differing_frac`; only those whose sums are there."""
+    token-layers), `routing/experts_differing_frac`; only those whose sums are there, NaN where nothing was compared."""
     names = {
         "mismatch_kl": ("mismatch_kl_sum", "mismatch_tokens"),
         "mismatch_abs": ("mismatch_abs_sum", "mismatch_tokens"),
@@ -55,4 +56,4 @@ def summarize_mismatch(sums: Mapping[str, float]) -> dict[str, float]:
         "routing/experts_differing_frac": ("experts_differing", "experts_total"),
     }
     present = {name: pair for name, pair in names.items() if pair[0] in sums}
-    return {name: float(sums[top]) / max(float(sums[bottom]), 1.0) for name, (top, bottom) in present.items()}
+    return {name: float(sums[top]) / (float(sums[bottom]) or math.nan) for name, (top, bottom) in present.items()}

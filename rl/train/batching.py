@@ -86,19 +86,20 @@ class MicroBatch:
         return out.masked_scatter(self.present, values)
 
 
-def pack_rows(rows: Sequence[Row], *, max_tokens: int) -> list[MicroBatch]:
+def pack_rows(rows: Sequence[Row], *, max_tokens: int, padded: bool = False) -> list[MicroBatch]:
     """Split `rows` into micro-batches of at most `max_tokens` places each (a longer row gets a micro-batch of its own).
+    padded: every row takes as many places as the longest one beside it, as in a policy that computes on a padded grid.
 
     Rows of similar length go together; the order depends on lengths and row numbers only, so it repeats exactly."""
     ordered = sorted(rows, key=lambda row: (row.places, row.index))
     bins: list[list[Row]] = []
     used = 0
     for row in ordered:
-        if not bins or used + row.places > max_tokens:
+        used = (len(bins[-1]) + 1) * row.places if padded and bins else used + row.places
+        if not bins or used > max_tokens:
             bins.append([])
-            used = 0
+            used = row.places
         bins[-1].append(row)
-        used += row.places
     return [make_micro_batch(members) for members in bins]
 
 

@@ -8,7 +8,7 @@
 
 An accuracy has a Wilson interval (it stays inside [0, 1] and is honest at 0 and 100 %). pass@k and maj@k have a
 bootstrap interval over PROBLEMS: samples of one problem are not independent, so more samples a problem must not shrink
-it to nothing. Where all problems agree on 0 or on 1, resampling them shows no spread; there Wilson's is used.
+it to nothing. Where all problems have one result, resampling them shows no spread; there Wilson's is used.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Estimate(NamedTuple):
     high: float
 
 
-def wilson_interval(right: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion (Wilson 1927): `right` of `total` independent trials. (0, 1) for no trial.
+def wilson_interval(right: float, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a proportion (Wilson 1927): `right` of `total` independent trials, which may be right in part. (0, 1)
+    for no trial.
 
     >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
     [0.4902, 0.9433]
@@ -150,13 +151,11 @@ def bootstrap_mean(
 
 
 def _share(per_problem: Sequence[float], *, seed: int, confidence: float) -> Estimate:
-    """Bootstrap mean of results in [0, 1]; Wilson's interval where all are 0 or all are 1, which says nothing of the
-    spread."""
-    estimate = bootstrap_mean(per_problem, seed=seed, confidence=confidence)
-    if estimate.value in (0.0, 1.0):
+    """Bootstrap mean of results in [0, 1]; Wilson's interval where all are equal, which says nothing of the spread."""
+    if len(set(per_problem)) == 1:
         n = len(per_problem)
-        return Estimate(estimate.value, *wilson_interval(int(estimate.value) * n, n, confidence=confidence))
-    return estimate
+        return Estimate(per_problem[0], *wilson_interval(per_problem[0] * n, n, confidence=confidence))
+    return bootstrap_mean(per_problem, seed=seed, confidence=confidence)
 
 
 def _quantile(confidence: float) -> float:

@@ -52,6 +52,11 @@ class Experience:
     rewards: torch.Tensor
     advantages: torch.Tensor
 
+    @property
+    def routes_recorded(self) -> bool:
+        """Whether the engine told which experts each token went through; the same on every rank."""
+        return all(group.prompt_routes is not None for group in self.groups)
+
     def table(self) -> list[dict[str, Any]]:
         """One dict a row, for the log: what was asked, answered, scored, and why."""
         return [
@@ -81,8 +86,9 @@ class Experience:
             lines.append(f"    [{scores}; {record.tokens} tokens] {record.text.strip()[:600]}")
         return "\n".join(lines)
 
-    def rows(self, *, mask_truncated: bool, replay_routes: bool) -> list[Row]:
-        """This rank's rows for training. mask_truncated: completions that were cut off get no loss."""
+    def rows(self, *, mask_truncated: bool) -> list[Row]:
+        """This rank's rows for training, with their routes if they were recorded. mask_truncated: completions that were
+        cut off get no loss."""
         per_group = self.rewards.shape[1]
         return [
             Row(
@@ -91,7 +97,7 @@ class Experience:
                 completion_ids=completion.token_ids,
                 advantage=float(self.advantages[b, k]),
                 sampling_logprobs=completion.logprobs,
-                routes=_row_routes(group, completion) if replay_routes else None,
+                routes=_row_routes(group, completion),
                 trained=not (mask_truncated and completion.truncated) and not bool(self.rewards[b, k].isnan()),
             )
             for b, group in zip(self.positions, self.groups, strict=True)

@@ -31,6 +31,7 @@ from rl.train.checkpoint import (
 )
 from rl.train.learner import Learner, StepResult
 from rl.train.metrics import RUN_ID_FILE
+from rl.train.record import to_json
 from rl.train.run_folder import CHECKPOINTS, RECIPE_FILE, STATE_FILE
 
 
@@ -67,6 +68,8 @@ class Keeper:
         self.elapsed_s = float(state["elapsed_s"])
         self.extra = dict(state["extra"])
         if is_main_process():
+            if (found.path / RUN_ID_FILE).exists():  # whatever became of the folder's: the tracker's run goes on
+                shutil.copy(found.path / RUN_ID_FILE, self.folder / RUN_ID_FILE)
             print(f"[aha] resumed from {found.path}", flush=True)
         return int(found.step)
 
@@ -88,7 +91,7 @@ class Keeper:
                     "world_size": world_size(),
                     "zero_stage": self.learner.stage,
                     "data": self.data,
-                    "extra": extra or {},
+                    "extra": to_json(extra or {}),  # a counter of a user's function may be NaN
                 }
                 save_json(folder / STATE_FILE, state)
                 for name in (RECIPE_FILE, RUN_ID_FILE):

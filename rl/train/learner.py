@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ class Learner:
     """Trains `policy` in place.
 
     After construction `policy`'s parameters are what the optimizer updates; under ZeRO-3 they are partitioned, so look
-    at them only inside `gathered()`.
+    at them only inside `gathered()`. chunk_tokens: completion tokens that go through the output head at a time.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Learner:
         self.accelerator = accelerator
         self.total_steps = total_steps
         self.stage = zero_stage(accelerator)
-        self.vocab_size = int(policy.config.vocab_size)
+        self.chunk_tokens = suggest_chunk_tokens(int(policy.config.vocab_size))
         self.device = accelerator.device
         adam = torch.optim.AdamW(
             _decay_groups(policy, optimizer.weight_decay),
@@ -180,6 +180,11 @@ class Learner:
     @property
     def rank(self) -> int:
         return int(self.accelerator.process_index)
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether the policy computes on a padded grid, as models of transformers do: `pack_rows` must know."""
+        return isinstance(self.policy, HFPolicy)
 
     def _prepare(self, scorer: PolicyScorer, adam: torch.optim.Optimizer, leaves: Sequence[type]) -> tuple[Any, Any]:
         if self.stage is None:
@@ -246,25 +251,24 @@ class Learner:
 
     @torch.no_grad()
     def reference_logprobs(self, batches: Sequence[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
-        """(n, T) logprobs of each batch under the frozen reference weights."""
+        """(n, T) logprobs of each batch under the frozen reference. Its own router chooses: with the experts that the
+        policy's chose it would be another policy, which follows wherever that router goes. (So `kl` in bfloat16 starts
+        near `mismatch_kl_without_replay`, not at 0.)"""
         assert self.reference is not None, "the learner was made without a reference"
+        free = [replace(batch, routes=None) for batch in batches]
         with self.reference.swapped_in():
-            return [scored.logprobs for scored in self.score(batches, temperature=temperature)]
+            return [scored.logprobs for scored in self.score(free, temperature=temperature)]
 
     def _score(self, batch: MicroBatch, temperature: float, num_chunks: int) -> Scored:
-        logprobs, entropy, routes = self.module(batch, temperature, self._chunk_tokens, num_chunks)
+        logprobs, entropy, routes = self.module(batch, temperature, self.chunk_tokens, num_chunks)
         return Scored(batch.padded(logprobs), batch.padded(entropy), routes)
-
-    @property
-    def _chunk_tokens(self) -> int:
-        return suggest_chunk_tokens(self.vocab_size)
 
     def _in_step_with_other_ranks(
         self, batches: Sequence[MicroBatch], spare: MicroBatch | None = None
     ) -> tuple[list[MicroBatch], int]:
         """Every rank must run equally many forwards and equally many chunks of the head: pad with idle
         micro-batches."""
-        chunks = max((math.ceil(len(b.targets) / self._chunk_tokens) for b in batches), default=1)
+        chunks = max((math.ceil(len(b.targets) / self.chunk_tokens) for b in batches), default=1)
         count, chunks = max_over_ranks([len(batches), chunks], self.device)
         template = batches[0] if batches else spare
         assert template is not None, "a rank without rows needs a spare micro-batch to idle with"
@@ -302,7 +306,8 @@ class Learner:
         skipped = bool(getattr(self.module.optimizer, "overflow", False)) or not math.isfinite(norm) or norm < 0
         if skipped and self.stage in (1, 2):
             # With the optimizer offloaded DeepSpeed keeps the sums of a skipped step, and would skip every later one.
-            gradients = self.module.optimizer.averaged_gradients
+            # (Its optimizer for bfloat16 at stage 1 keeps none.)
+            gradients = getattr(self.module.optimizer, "averaged_gradients", {})
             gradients.update(dict.fromkeys(gradients))
         return norm, skipped
 
@@ -341,8 +346,8 @@ class Learner:
                 },
                 os.path.join(folder, "learner.pt"),
             )
-        if self.reference is not None:
-            self.reference.save(os.path.join(folder, f"reference.{self.rank}.safetensors"))
+        if self.reference is not None and (self.stage == 3 or self.rank == 0):
+            self.reference.save(self._reference_file(folder))
 
     def load_state(self, folder: str) -> None:
         """Continue from `save_state`, on the same number of ranks and the same ZeRO stage."""
@@ -357,7 +362,11 @@ class Learner:
             self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:
-            self.reference.load(os.path.join(folder, f"reference.{self.rank}.safetensors"))
+            self.reference.load(self._reference_file(folder))
+
+    def _reference_file(self, folder: str) -> str:
+        """One for all ranks, which hold the same; under ZeRO-3 one for each rank's shards."""
+        return os.path.join(folder, f"reference.{self.rank if self.stage == 3 else 0}.safetensors")
 
 
 def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, cast
 
+_BLOCK_BYTES = 2**16
+
 
 class _HasItem(Protocol):
     def item(self) -> Any: ...
@@ -26,9 +28,7 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            whole = _whole_part(path.read_bytes())
-            if len(whole) < path.stat().st_size:
-                _replace(path, whole)
+            os.truncate(path, _whole_bytes(path))
         self._file = open(path, "ab")  # noqa: SIM115 (held for the length of the run)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -43,14 +43,16 @@ class JsonLines:
         return self.remove(lambda row: row.get("stage") == stage and row["step"] > step)
 
     def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Remove the rows that `unwanted` picks; returns how many."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if not unwanted(json.loads(line))]
-        if len(kept) < len(lines):
+        """Remove the rows that `unwanted` picks; returns how many. One line is held at a time: a long run has tens of
+        gigabytes of completions."""
+        with open(self.path, "rb") as lines:
+            removed = sum(unwanted(json.loads(line)) for line in lines)
+        if removed:
             self._file.close()
-            _replace(self.path, b"".join(kept))
+            with open(self.path, "rb") as lines:
+                _replace(self.path, (line for line in lines if not unwanted(json.loads(line))))
             self._file = open(self.path, "ab")  # noqa: SIM115
-        return len(lines) - len(kept)
+        return removed
 
     def close(self) -> None:
         self._file.close()
@@ -62,11 +64,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(_whole_part(path.read_bytes()).splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break  # its writer is at it, or was killed
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
     return rows
 
 
@@ -90,15 +95,24 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def _whole_part(data: bytes) -> bytes:
-    """Without a last line that has no end: its writer was killed."""
-    return data[: data.rfind(b"\n") + 1]
+def _whole_bytes(path: Path) -> int:
+    """Size of the file without a last line that has no end: its writer was killed."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, lines: Iterable[bytes]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,5 +1,5 @@
-"""The reference policy of the KL term, kept as a second set of weights that can be swapped into the policy for one
-forward.
+"""The reference policy of the KL term, kept as a second set of weights (and router biases) that can be swapped into the
+policy for one forward.
 
 No second module and no second DeepSpeed engine: under ZeRO-0/1/2 each parameter's storage is pointed at the copy for
 the duration; under ZeRO-3 each rank keeps a copy of its own shard only, and the ordinary gathering brings the reference
@@ -52,9 +52,12 @@ class ReferenceWeights:
             self.copies[name] = tensor.to(self.copies[name].device)
 
     def _holders(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What holds this rank's numbers: the parameter, or its shard under ZeRO-3."""
+        """What holds this rank's numbers: the parameter, or its shard under ZeRO-3; and the routers' biases, which move
+        where the recipe balances load."""
         for name, parameter in self.policy.named_parameters():
             yield name, getattr(parameter, "ds_tensor", parameter)
+        persistent = self.policy.state_dict().keys()
+        yield from ((name, buffer) for name, buffer in self.policy.named_buffers() if name in persistent)
 
     def _forget_gathered(self) -> None:
         """ZeRO-3 keeps small parameters gathered between uses: let go of them, so that the next use reads the shards

@@ -98,7 +98,7 @@ class ColdStart:
         indices = self.order.indices(step)
         loss_tokens = sum(sum(self.rows[i].loss_mask) for i in indices)
         mine = [_as_row(n, self.rows[i]) for n, i in enumerate(indices) if n % world_size() == rank()]
-        batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens)
+        batches = pack_rows(mine, max_tokens=self.section.micro_batch_tokens, padded=self.learner.pads_rows)
         load = ExpertLoad(self.learner.policy)
         result = self.learner.step(batches, load.counting(completion_loss), divisor=loss_tokens, step=step)
         check_finite(result, step=step + 1, on_nonfinite=self.section.on_nonfinite)

@@ -184,7 +184,7 @@ class GRPOTrainer:
             result = self.update.run(
                 experience,
                 step=step,
-                replay_routes=self._replays_routes(experience),
+                replay_routes=experience.routes_recorded and recipe.grpo.routing_replay is not False,
                 after_each=partial(check_finite, step=step + 1, on_nonfinite=recipe.optimizer.on_nonfinite),
             )
         if recipe.model.router_bias_update_rate:
@@ -199,15 +199,6 @@ class GRPOTrainer:
         if step == 0:
             metrics |= {f"data/{name}": float(count) for name, count in self.dropped.items()}
         return metrics, experience
-
-    def _replays_routes(self, experience: Experience) -> bool:
-        recorded = all(group.prompt_routes is not None for group in experience.groups)
-        wanted = self.recipe.grpo.routing_replay
-        if wanted is True and not recorded:
-            raise ValueError(
-                "grpo.routing_replay: true, but this policy has no experts to record; allowed: auto, false"
-            )
-        return recorded and wanted is not False
 
     def _report(
         self, done: int, metrics: dict[str, float], experience: Experience, log: MetricsLogger, progress: Progress

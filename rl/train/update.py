@@ -8,6 +8,7 @@ groups, at random (arXiv 2501.12948); advantages are those of whole groups in an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from rl.distributed import sum_over_ranks
 from rl.grpo.loss import loss_divisor, policy_loss, summarize_metrics
 from rl.grpo.mismatch import logprob_mismatch, routing_disagreement, summarize_mismatch
 from rl.train.balance import ExpertLoad
-from rl.train.batching import MicroBatch, Row, pack_rows
+from rl.train.batching import MicroBatch, Row, make_micro_batch, pack_rows
 from rl.train.experience import Experience
 from rl.train.learner import Learner, Scored, StepResult
 
@@ -66,10 +67,11 @@ class GRPOUpdate:
     ) -> UpdateResult:
         """All optimizer steps of GRPO step number `step` (0-based). after_each: called after each optimizer step; what
         it raises ends the update there."""
-        rows = experience.rows(mask_truncated=self.section.mask_truncated_completions, replay_routes=replay_routes)
+        recorded = experience.rows(mask_truncated=self.section.mask_truncated_completions)
+        probe = self._probe_own_routes(recorded) if experience.routes_recorded else {}
+        rows = recorded if replay_routes else [replace(row, routes=None) for row in recorded]
         mini_batches = self._split(rows, experience)
         spare = next(batch for mini in mini_batches for batch in mini.batches)
-        probe = self._probe_without_replay(rows, spare) if replay_routes else {}
         self._score_before_update(mini_batches)
         load = ExpertLoad(self.learner.policy)
         loss = load.counting(self.loss)
@@ -130,8 +132,11 @@ class GRPOUpdate:
                 max_completion_length=self.max_completion_length,
             )
             mine = [row for row in rows if row.index in numbers]
-            minis.append(MiniBatch(pack_rows(mine, max_tokens=self.micro_batch_tokens), divisor))
+            minis.append(MiniBatch(self._pack(mine), divisor))
         return minis
+
+    def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        return pack_rows(rows, max_tokens=self.micro_batch_tokens, padded=self.learner.pads_rows)
 
     def _score_before_update(self, minis: Sequence[MiniBatch]) -> None:
         """Fill in old_logprobs (needed once weights move between uses of a rollout) and ref_logprobs."""
@@ -144,22 +149,20 @@ class GRPOUpdate:
             for batch, logprobs in zip(batches, reference, strict=True):
                 batch.ref_logprobs = logprobs.cpu()
 
-    def _probe_without_replay(self, rows: Sequence[Row], spare: MicroBatch) -> dict[str, float]:
-        """What the mismatch would be if the update let its own router choose: measured on the step's first rows, before
-        the update."""
+    def _probe_own_routes(self, rows: Sequence[Row]) -> dict[str, float]:
+        """How often the router, left to itself, would choose other experts than those recorded in `rows`, and what the
+        mismatch is then: measured on the step's first rows, before the update."""
         few = [row for row in rows if row.index < PROBE_ROWS]
-        batches = pack_rows(few, max_tokens=self.micro_batch_tokens)
+        batches = self._pack(few)
         recorded = [batch.routes for batch in batches]
         for batch in batches:
             batch.routes = None
-        nothing = torch.zeros(0, *spare.routes.shape[1:]) if spare.routes is not None else None
-        sums: dict[str, torch.Tensor] = logprob_mismatch(torch.zeros(0), torch.zeros(0), torch.zeros(0))
-        if nothing is not None:
-            sums |= routing_disagreement(nothing, nothing)
-        free = replace(spare, routes=None)
-        for batch, routes, scored in zip(
-            batches, recorded, self.learner.score(batches, temperature=self.temperature, spare=free), strict=True
-        ):
+        spare = make_micro_batch([replace(rows[0], routes=None)])
+        assert rows[0].routes is not None
+        nothing = rows[0].routes[:0]
+        sums = logprob_mismatch(torch.zeros(0), torch.zeros(0), torch.zeros(0)) | routing_disagreement(nothing, nothing)
+        own = self.learner.score(batches, temperature=self.temperature, spare=spare)
+        for batch, routes, scored in zip(batches, recorded, own, strict=True):
             assert batch.sampling_logprobs is not None and routes is not None and scored.routes is not None
             found = logprob_mismatch(batch.sampling_logprobs, scored.logprobs.cpu(), batch.present)
             found |= routing_disagreement(routes, scored.routes.cpu())
@@ -186,13 +189,12 @@ def _summarize(results: Sequence[StepResult]) -> dict[str, float]:
     for result in results:
         for name, value in result.sums.items():
             totals[name] = totals.get(name, 0.0) + value
-    tokens = max(totals["loss_tokens"], 1.0)
     return {
         "loss": sum(r.loss for r in results) / len(results),
         "grad_norm": sum(r.grad_norm for r in results) / len(results),
         "learning_rate": results[-1].learning_rate,
         "skipped_updates": float(sum(r.skipped for r in results)),
-        "entropy": totals["entropy_sum"] / tokens,
+        "entropy": totals["entropy_sum"] / (totals["loss_tokens"] or math.nan),
         **summarize_metrics(totals),
         **summarize_mismatch(totals),
     }

@@ -92,6 +92,7 @@ def test_killed_and_resumed(config: str | None, processes: int, launch: Callable
     printed = launch("scripts/grpo.py", arguments(killed, "--resume"), **how)
     assert "resumed from" in printed
     assert len([row for row in recorded(killed) if "reward" in row]) == STEPS
+    assert len(list((killed / "checkpoints" / f"step-{STEPS:08d}").glob("reference.*"))) == 1, "all ranks hold the same"
     assert_same_run(whole, killed)
 
 

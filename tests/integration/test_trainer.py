@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rl.config import load_recipe
+from rl.policy.moe import Router
+from rl.train.metrics import RUN_ID_FILE
 from rl.train.record import read_rows
 from rl.train.sft import ColdStart
 from rl.train.trainer import GRPOTrainer
@@ -28,7 +32,9 @@ SHORT = [
 
 
 def trainer(folder: Path, *overrides: str, steps: int = 4) -> GRPOTrainer:
-    return GRPOTrainer(load_recipe(TINY, [f"--output_dir={folder}", f"--grpo.steps={steps}", *SHORT, *overrides]))
+    given = {text.split("=")[0] for text in overrides}
+    short = [text for text in SHORT if text.split("=")[0] not in given]
+    return GRPOTrainer(load_recipe(TINY, [f"--output_dir={folder}", f"--grpo.steps={steps}", *short, *overrides]))
 
 
 def steps_in(folder: Path) -> list[dict[str, Any]]:
@@ -62,6 +68,89 @@ def test_the_step_takes_the_time_on_the_wall(tmp_path: Path, monkeypatch: pytest
     stages = sum(metrics[f"time/{stage}_s"] for stage in ("rollout", "reward", "update", "rest"))
     assert stages == pytest.approx(metrics["time/step_s"]) and stages < time.monotonic() - began
     assert metrics["train/tokens_per_s"] == pytest.approx(metrics["num_tokens"] / metrics["time/step_s"])
+
+
+@pytest.mark.parametrize("replay", ["auto", "false"])
+def test_routing_is_compared_whether_it_is_replayed_or_not(
+    replay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that changes between sampling and update chooses other experts; replay keeps the logprobs all the
+    same."""
+    made = trainer(tmp_path, f"--grpo.routing_replay={replay}")
+    run = made.update.run
+
+    def with_another_router(*arguments: Any, **options: Any) -> Any:
+        for router in (module for module in made.learner.policy.modules() if isinstance(module, Router)):
+            assert router.e_score_correction_bias is not None
+            router.e_score_correction_bias.copy_(torch.linspace(-1, 1, router.num_experts))
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(made.update, "run", with_another_router)
+    metrics, _ = made.step(0)
+    assert metrics["routing/disagreement_frac"] > 0.1 and metrics["mismatch_kl_without_replay"] > 1e-4
+    assert (metrics["mismatch_kl"] > 1e-4) == (replay == "false")
+
+
+def test_each_step_samples_anew_and_a_step_made_again_samples_the_same(tmp_path: Path) -> None:
+    """Four problems are all there are, and the weights hardly move."""
+    made = trainer(tmp_path, "--data.train.params.size=4", "--data.shuffle=false", "--optimizer.learning_rate=1e-12")
+    texts = [[record.text for record in made.step(step)[1].records] for step in (0, 1, 0)]
+    assert texts[0] == texts[2] and not set(texts[0]) & set(texts[1]) and len(set(texts[0])) > 12
+
+
+def test_the_schedule_is_laid_over_all_optimizer_steps(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "--grpo.mini_batches=2", "--grpo.num_iterations=2", steps=2)
+    rates = [made.step(step)[0]["learning_rate"] for step in range(2)]
+    assert rates == pytest.approx([1e-3 * (1 - 3 / 8), 1e-3 * (1 - 7 / 8)])  # of the last of four optimizer steps
+
+
+def test_a_counter_that_is_no_number_costs_no_checkpoint(tmp_path: Path) -> None:
+    """What a user's function counts in an evaluation is kept with the checkpoint."""
+    (tmp_path / "own.py").write_text(
+        "def mean(completions, counters, **columns):\n"
+        "    counters.add(cost=float('nan'))\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    run = f"--rewards.reward_funcs=['{tmp_path}/own.py:mean']"
+    trainer(tmp_path, run, "--eval.eval_steps=1", "--checkpoint.save_steps=1", steps=2).train()
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_resumed_run_goes_on_with_the_tracker_run_of_its_checkpoint(tmp_path: Path) -> None:
+    keeper = trainer(tmp_path).keeper
+    (tmp_path / RUN_ID_FILE).write_text("0a1b2c3d\n")
+    keeper.save(1, elapsed_s=0.0)
+    (tmp_path / RUN_ID_FILE).write_text("")  # killed while it was written
+    assert keeper.restore(keeper.store.latest_valid()) == 1
+    assert (tmp_path / RUN_ID_FILE).read_text() == "0a1b2c3d\n"
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says(tmp_path: Path) -> None:
+    trainer(tmp_path, "--checkpoint.save_steps=1", "--checkpoint.save_total_limit=3").train()
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
+
+
+def test_the_update_scores_the_distribution_that_was_sampled(tmp_path: Path) -> None:
+    metrics, _ = trainer(tmp_path, "--rollout.temperature=0.6").step(0)
+    assert metrics["mismatch_kl"] < 1e-9 and metrics["importance/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_reference_is_refreshed_when_the_recipe_says_so(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "--grpo.beta=0.1", "--grpo.ref_update_steps=2")
+    kl = [made.step(step)[0]["kl"] for step in range(4)]
+    assert kl[0] < 1e-9 < kl[1] and kl[2] < 1e-9 < kl[3]
+
+
+def test_a_step_in_which_everything_is_masked_moves_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def none(completions, **columns):\n    return [None] * len(completions)\n")
+    made = trainer(tmp_path, f"--rewards.reward_funcs=['{tmp_path}/own.py:none']")
+    before = [parameter.detach().clone() for parameter in made.learner.policy.parameters()]
+    metrics, _ = made.step(0)
+    assert metrics["rewards/masked_frac"] == 1.0
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0.0
+    for name in ("reward", "entropy", "mismatch_kl", "ratio/mean", "importance/mean", "clip_ratio/region_mean"):
+        assert math.isnan(metrics[name]), name
+    assert all(map(torch.equal, made.learner.policy.parameters(), before))
 
 
 def test_accuracy_is_that_of_the_function_that_the_recipe_names(tmp_path: Path) -> None:

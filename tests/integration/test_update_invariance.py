@@ -208,7 +208,7 @@ def test_same_step_everywhere(
     assert found["tokens"] == expected["tokens"]
 
 
-@pytest.mark.parametrize("config", ["zero3.yaml", "offload"])
+@pytest.mark.parametrize("config", ["zero1.yaml", "zero3.yaml", "offload"])
 def test_bfloat16_agrees_between_stages(
     config: str, launch: Callable[..., str], baselines: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

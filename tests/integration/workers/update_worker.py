@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_experience(seed: int) -> Experience:
+def make_experience(seed: int, *, with_routes: bool = True) -> Experience:
     """The same problems, completions and rewards on every rank; each rank holds every world_size-th group. Lengths
     differ much, one completion is cut off, one has no reward."""
     g = torch.Generator().manual_seed(seed)
@@ -52,8 +52,10 @@ def make_experience(seed: int) -> Experience:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=g))
 
-    def draw_routes(tokens: int) -> torch.Tensor:
+    def draw_routes(tokens: int) -> torch.Tensor | None:
         """(tokens, 2 MoE layers, 2 of 8 experts)"""
+        if not with_routes:
+            return None
         return torch.rand(tokens, 2, 8, generator=g).argsort(-1)[..., :2].to(torch.uint8)
 
     groups, records = [], []
@@ -107,7 +109,7 @@ FLAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def survives_nan(learner: Learner, flaw: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """A flaw on the last rank alone leaves this rank's weights alone and is told here; the next step is a step
     again."""
-    rows = make_experience(0).rows(mask_truncated=False, replay_routes=isinstance(learner.policy, Policy))
+    rows = make_experience(0, with_routes=isinstance(learner.policy, Policy)).rows(mask_truncated=False)
     batches = pack_rows(rows[:3], max_tokens=20)
 
     def sound(scored: Scored, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -149,7 +151,7 @@ def make_learner(arguments: argparse.Namespace) -> Learner:
     else:
         policy = load_any(arguments.model, dtype=dtype)
     policy.gradient_checkpointing = arguments.checkpointing
-    return Learner(
+    learner = Learner(
         policy,
         # A large epsilon: Adam divides by |gradient|, so with 1e-8 a rounding error of a gradient near 0 moves a weight
         # by the full learning rate, and the comparison would show Adam instead of the learner.
@@ -159,6 +161,8 @@ def make_learner(arguments: argparse.Namespace) -> Learner:
         with_reference=True,
         zero3_leaf_classes=moe_leaf_classes(policy),
     )
+    learner.chunk_tokens = max(4, arguments.tokens // 4)  # several chunks a micro-batch, as with a large vocabulary
+    return learner
 
 
 def main() -> None:
@@ -182,7 +186,8 @@ def main() -> None:
             learner, section, micro_batch_tokens=arguments.tokens, temperature=0.8, max_completion_length=32
         )
         replay = isinstance(learner.policy, Policy)
-        result = update.run(make_experience(number), step=number, replay_routes=replay, after_each=lambda result: None)
+        experience = make_experience(number, with_routes=replay)
+        result = update.run(experience, step=number, replay_routes=replay, after_each=lambda result: None)
         if result.expert_load is not None:
             update_router_biases(learner.policy, result.expert_load, rate=0.01)
         return {**result.metrics, **{f"loss/{i}": r.loss for i, r in enumerate(result.steps)}}

@@ -41,6 +41,11 @@ def test_routing_disagreement_compares_sets() -> None:
     assert found == {"routing/disagreement_frac": 0.5, "routing/experts_differing_frac": 3 / 8}
 
 
+def test_nothing_to_compare_is_not_agreement() -> None:
+    found = summarize_mismatch({"mismatch_kl_sum": 0.0, "mismatch_abs_sum": 0.0, "mismatch_tokens": 0.0})
+    assert found == pytest.approx({"mismatch_kl": math.nan, "mismatch_abs": math.nan}, nan_ok=True)
+
+
 def test_routes_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one"):
         routing_disagreement(torch.zeros(2, 1, 2), torch.zeros(3, 1, 2))

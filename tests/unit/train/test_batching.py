@@ -49,6 +49,16 @@ def test_packing_respects_the_budget_and_loses_no_row() -> None:
     assert sorted(len(b.tokens) for b in alone) == [1, 98]
 
 
+def test_padding_counts_where_the_policy_pads() -> None:
+    """One long row among short ones would make a grid of many times the budget."""
+    rows = [row(i, [1] * 2, [2] * (1 + i % 3)) for i in range(12)] + [row(12, [1] * 20, [2] * 11), row(13, [1], [2])]
+    assert max(len(b.rows) * b.max_seqlen for b in pack_rows(rows, max_tokens=100)) > 400
+    batches = pack_rows(rows, max_tokens=100, padded=True)
+    assert sorted(r.index for b in batches for r in b.rows) == list(range(14))
+    assert all(len(b.rows) * b.max_seqlen <= 100 for b in batches)
+    assert [len(b.rows) for b in pack_rows(rows[:2], max_tokens=3, padded=True)] == [1, 1]
+
+
 def test_idle_batch_has_no_loss() -> None:
     routes = torch.zeros(4, 2, 3, dtype=torch.int64)
     like = make_micro_batch([row(5, [1, 2], [3, 4, 5], sampling_logprobs=torch.zeros(3), routes=routes)])

@@ -72,6 +72,13 @@ def test_accuracy_pass_and_majority() -> None:
     assert len(table) == 20 and table[0]["kind"] == "greedy" and table[0]["extracted"] == "0"
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 32), ({"max_completion_length": 64}, 64)])
+def test_answers_may_be_longer_than_in_training(given: dict[str, int], expected: int) -> None:
+    engine = Spoken(spoken("00"))
+    evaluation({}, "0", engine=engine, num_samples=2, **given)
+    assert [params.max_completion_length for params in engine.params] == [expected, expected]
+
+
 def test_every_decision_says_why() -> None:
     row = evaluation(spoken("1"), "2").table()[0]
     assert row["scores"] == {"format": 1.0, "accuracy": 0.0} and row["right"] is False

@@ -127,6 +127,9 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval() -> None:
 def test_all_right_or_all_wrong_is_not_certainty() -> None:
     assert pass_at_k_interval([(4, 4)] * 10, 2)[1:] == pytest.approx((0.7225, 1.0), abs=5e-5)
     assert majority_accuracy([[("1", False)]] * 10)[1:] == pytest.approx((0.0, 0.2775), abs=5e-5)
+    # nor is one problem of which half of the samples are right: as wide as for 1 of 2 trials, or wider
+    value, low, high = pass_at_k_interval([(4, 8)], 1)
+    assert value == 0.5 and low < 0.0945 and high > 0.9055
 
 
 def test_bootstrap_covers_the_mean_over_problems() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,10 @@ def test_truncate_after_cuts_the_stage_only_and_appending_goes_on(tmp_path: Path
     record.close()
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "sta', b"{", b'{"step": 3, "stage": "grpo", "reward": 0.3}', b"\xce"])
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"step": 3, "sta', b"{", b'{"step": 3, "stage": "grpo", "reward": 0.3}', b"\xce", b'{"a": "' + b"x" * 200_000],
+)
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     record = JsonLines(path)
@@ -48,6 +52,21 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     again.append(rows_of(3))
     again.close()
     assert read_rows(path) == rows_of(1, 2, 3)
+
+
+def test_a_record_is_opened_and_cut_back_without_being_held_in_memory(tmp_path: Path) -> None:
+    record = JsonLines(tmp_path / "completions.jsonl")
+    for step in range(200):
+        record.append([{"step": step, "stage": "grpo", "completion": "x" * 50_000}])
+    record.close()
+    tracemalloc.start()
+    again = JsonLines(record.path)
+    assert again.truncate_after(150, stage="grpo") == 49
+    again.close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < record.path.stat().st_size / 10
+    assert [row["step"] for row in read_rows(record.path)] == list(range(151))
 
 
 def test_kill_9_keeps_every_row_that_append_returned_for(tmp_path: Path) -> None:

@@ -42,13 +42,16 @@ class FakeLearner:
 
     policy = None
     device = torch.device("cpu")
+    pads_rows = False
 
     def __init__(self, results: Sequence[StepResult]) -> None:
         self.results = list(results)
         self.rows: list[set[int]] = []
+        self.grids: list[int] = []
 
     def step(self, batches: Sequence[MicroBatch], *arguments: Any, **options: Any) -> StepResult:
         self.rows.append({row.index for batch in batches for row in batch.rows})
+        self.grids += [len(batch.rows) * batch.max_seqlen for batch in batches]
         return self.results.pop(0)
 
     def score(self, batches: Sequence[MicroBatch], **options: Any) -> list[Scored]:
@@ -59,12 +62,12 @@ def result(loss: float) -> StepResult:
     return StepResult(loss=loss, grad_norm=loss, learning_rate=1e-3, skipped=loss != loss)
 
 
-def update_with(learner: FakeLearner, *, mini_batches: int) -> GRPOUpdate:
+def update_with(learner: FakeLearner, *, mini_batches: int, micro_batch_tokens: int = 1000) -> GRPOUpdate:
     section = GRPOSection(steps=1, mini_batches=mini_batches)
     return GRPOUpdate(
         learner,  # type: ignore[arg-type]
         section,
-        micro_batch_tokens=1000,
+        micro_batch_tokens=micro_batch_tokens,
         temperature=1.0,
         max_completion_length=32,
     )
@@ -74,8 +77,20 @@ def test_an_update_that_is_not_finite_stops_before_the_next_one_moves_the_weight
     learner = FakeLearner([result(1.0), result(float("nan")), result(1.0)])
     stop = partial(check_finite, step=4, on_nonfinite="stop")
     with pytest.raises(NonFiniteError, match=r"^step 4: loss nan, .* did not change the weights .*on_nonfinite: skip"):
-        update_with(learner, mini_batches=3).run(make_experience(0), step=3, replay_routes=False, after_each=stop)
+        experience = make_experience(0, with_routes=False)
+        update_with(learner, mini_batches=3).run(experience, step=3, replay_routes=False, after_each=stop)
     assert learner.rows == mini_batch_rows(6, 4, parts=3)[:2]
+
+
+@pytest.mark.parametrize("pads_rows", [False, True])
+def test_rows_are_packed_as_the_policy_computes_them(pads_rows: bool) -> None:
+    sums = {"loss_tokens": 1.0, "loss_rows": 1.0, "entropy_sum": 0.0}
+    learner = FakeLearner([StepResult(0.0, 0.0, 0.0, skipped=False, sums=sums)])
+    learner.pads_rows = pads_rows
+    update = update_with(learner, mini_batches=1, micro_batch_tokens=120)
+    experience = make_experience(0, with_routes=False)
+    update.run(experience, step=0, replay_routes=False, after_each=lambda result: None)
+    assert (max(learner.grids) <= 120) == pads_rows
 
 
 def test_an_update_that_is_not_finite_is_skipped_aloud(capsys: pytest.CaptureFixture[str]) -> None:
