@@ -304,7 +304,8 @@ class EvalSection(Section):
     """Sample from the tokens that have at least this share of the likeliest one's probability; 0: off."""
     metric: Text | None = None
     """Reward function whose score of 1 means that an answer is right, in training and held out; left out: accuracy,
-    exact_match, multiple_choice, countdown or code, the first in use; with none of them no accuracy is measured."""
+    exact_match, multiple_choice, countdown or code, for each row the first that scores it; without any of them there is
+    no accuracy."""
     max_completion_length: Positive | None = None
     """Tokens of an answer; left out: rollout.max_completion_length."""
 

@@ -1,10 +1,11 @@
 """Held-out problems -> accuracy (greedy), pass@k and maj@k, with confidence intervals and the answers themselves.
 
-Whether an answer is right is what one reward function says, the metric function. Answers that it has no value for (it
-does not apply, or failed) count neither as right nor as wrong: `eval/none_frac` is their share, and every other number
-is over the rest (of a problem's samples; a problem with fewer than k of them takes no part in pass@k). maj@k is one
-vote of all samples of a problem, k = num_samples; it needs answers to compare, so it is left out when the metric
-function extracts none. Without a metric function only lengths are measured.
+Whether an answer is right is what a reward function says: `eval.metric`, or the first of the recipe's rightness
+functions that has a value for it, so that in a mixture each task is judged by its own. Answers that none has a value
+for (they do not apply, or failed) count neither as right nor as wrong: `eval/none_frac` is their share, and every other
+number is over the rest (of a problem's samples; a problem with fewer than k of them takes no part in pass@k). maj@k is
+one vote of all samples of a problem, k = num_samples; it needs answers to compare, so it is left out when no function
+extracts any. Without a rightness function only lengths are measured.
 
 Problem i is answered by rank i % world_size. Draws are seeded by the problem alone, not by the step: two evaluations of
 a run differ only by the weights (common random numbers), which makes small gains visible.
@@ -32,8 +33,8 @@ RIGHTNESS = ("accuracy", "exact_match", "multiple_choice", "countdown", "code")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion of a held-out problem. scores: what each reward function says. right: the metric function gave 1
-    or more; None when it gave no value. extracted: the answer it read."""
+    """One completion of a held-out problem. scores: what each reward function says. right: the function that judged it
+    gave 1 or more; None when none gave a value. extracted: the answer it read."""
 
     problem_id: str
     prompt: str
@@ -69,28 +70,29 @@ class Evaluation:
         ]
 
 
-def rightness_function(entries: Sequence[RewardEntry], wanted: str | None) -> str | None:
-    """The name of the reward function that decides whether an answer is right: `wanted`, else the first of `RIGHTNESS`
-    that the recipe uses, under whatever name; None when it uses none of them.
+def rightness_functions(entries: Sequence[RewardEntry], wanted: str | None) -> tuple[str, ...]:
+    """Names of the reward functions that decide whether an answer is right, in the order in which they are asked:
+    `wanted`, else those of `RIGHTNESS` that the recipe uses, under whatever names.
 
     ValueError if `wanted` is not the name of one of `entries`."""
     names = [entry.name for entry in entries]
     if wanted is not None and wanted not in names:
         raise ValueError(f"eval.metric = {wanted!r}: not among rewards.reward_funcs; allowed: {', '.join(names)}")
-    known = (entry.name for right in RIGHTNESS for entry in entries if entry.path == resolve_name(right))
-    return wanted or next(known, None)
+    if wanted is not None:
+        return (wanted,)
+    return tuple(entry.name for right in RIGHTNESS for entry in entries if entry.path == resolve_name(right))
 
 
 class Evaluator:
-    """Evaluates the policy behind `engine` on `problems`; the same on every rank. metric: the reward function whose 1
-    means a right answer (`rightness_function`)."""
+    """Evaluates the policy behind `engine` on `problems`; the same on every rank. rightness: see
+    `rightness_functions`."""
 
     def __init__(
         self,
         section: EvalSection,
         problems: Sequence[Problem],
         *,
-        metric: str | None,
+        rightness: Sequence[str],
         engine: RolloutEngine,
         scorer: RewardScorer,
         decode: TextOf,
@@ -99,7 +101,7 @@ class Evaluator:
     ) -> None:
         self.section = section
         self.problems = list(problems)
-        self.metric = metric
+        self.rightness = rightness
         self.engine = engine
         self.scorer = scorer
         self.decode = decode
@@ -156,7 +158,8 @@ class Evaluator:
         return [found for _, found in sorted(everyone, key=lambda pair: pair[0])]
 
     def _answer(self, problem: Problem, completion: Completion, scored: ScoredBatch, row: int) -> Answer:
-        verdict = Score(None) if self.metric is None else scored.scores[self.metric][row]
+        given = [scored.scores[name][row] for name in self.rightness]
+        verdict = next((score for score in given if score.value is not None), Score(None))
         return Answer(
             problem_id=problem.id,
             prompt=problem.prompt,
@@ -170,7 +173,7 @@ class Evaluator:
 
     def _metrics(self, greedy: list[list[Answer]], sampled: list[list[Answer]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if self.metric is not None:
+        if self.rightness:
             verdicts = [answer.right for found in (*greedy, *sampled) for answer in found]
             metrics["eval/none_frac"] = verdicts.count(None) / len(verdicts)
             metrics |= _greedy_metrics(_judged(greedy))
@@ -182,7 +185,7 @@ class Evaluator:
 
 
 def _judged(answers: list[list[Answer]]) -> list[list[Answer]]:
-    """What the metric function judged: problems without a judged answer are left out."""
+    """What was judged at all: problems without a judged answer are left out."""
     judged = [[answer for answer in found if answer.right is not None] for found in answers]
     return [found for found in judged if found]
 

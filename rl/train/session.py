@@ -21,7 +21,7 @@ from rl.distributed import die_with_launcher, is_main_process, share_cpu_threads
 from rl.policy.hf import init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.checkpoint import FoundCheckpoint
-from rl.train.evaluate import rightness_function
+from rl.train.evaluate import rightness_functions
 from rl.train.experience import TextOf
 from rl.train.learner import Accelerator, TrainablePolicy, make_accelerator, zero_stage
 from rl.train.policy_check import check_policy, config_values
@@ -102,7 +102,7 @@ def make_scorer(recipe: Recipe) -> RewardScorer:
     )
     if not any(entry.weight for entry in scorer.entries):
         raise ValueError("rewards.reward_funcs: the weights of all functions are 0; at least one must differ")
-    rightness_function(scorer.entries, recipe.eval.metric)
+    rightness_functions(scorer.entries, recipe.eval.metric)
     return scorer
 
 

@@ -6,6 +6,8 @@ All numbers are over all ranks: experience records are shared, update sums are r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rl.distributed import gather_objects
 from rl.grpo.advantages import reward_metrics
 from rl.train.experience import Experience
@@ -22,10 +24,11 @@ def stage_seconds(stages: dict[str, float], step_s: float) -> dict[str, float]:
 
 
 def step_metrics(
-    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float, metric: str | None
+    experience: Experience, result: UpdateResult, seconds: dict[str, float], *, epoch: float, rightness: Sequence[str]
 ) -> dict[str, float]:
-    """seconds: of `stage_seconds`. epoch: passes over the training problems so far. metric: the reward function whose 1
-    means a right answer; without one there is no accuracy."""
+    """seconds: of `stage_seconds`. epoch: passes over the training problems so far. rightness: the
+    reward functions whose 1 means a right answer, of which the first with a value judges a row; without any there is no
+    accuracy."""
     lengths = [record.tokens for record in experience.records]
     ended = [record.tokens for record in experience.records if not record.truncated]
     metrics = {
@@ -43,8 +46,9 @@ def step_metrics(
         "rollout/tokens_per_s": sum(lengths) / max(seconds["rollout"], 1e-9),
         "train/tokens_per_s": sum(lengths) / max(seconds["step"], 1e-9),
     }
-    given = [] if metric is None else experience.scored.by_function[metric]
-    values = [value for value in given if value is not None]
+    given = zip(*(experience.scored.by_function[name] for name in rightness), strict=True)
+    judged = [next((value for value in row if value is not None), None) for row in given]
+    values = [value for value in judged if value is not None]
     if values:
         metrics["accuracy"] = sum(value >= 1.0 for value in values) / len(values)
     if result.expert_load is not None:

@@ -23,7 +23,7 @@ from rl.data import ProblemOrder, fingerprint
 from rl.distributed import is_main_process
 from rl.policy.model import moe_leaf_classes
 from rl.train.balance import update_router_biases
-from rl.train.evaluate import Evaluation, Evaluator, rightness_function
+from rl.train.evaluate import Evaluation, Evaluator, rightness_functions
 from rl.train.experience import Experience, collect
 from rl.train.keeping import Keeper, check_finite, save_final_policy
 from rl.train.learner import Learner
@@ -64,10 +64,10 @@ class GRPOTrainer:
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         scorer = make_scorer(recipe)
-        self.metric = rightness_function(scorer.entries, recipe.eval.metric)
+        self.rightness = rightness_functions(scorer.entries, recipe.eval.metric)
         start_from = starting_point(recipe, recipe.run_folder)
         session = open_session(recipe, stage="grpo", resume=resume, start_from=start_from)
-        if self.metric is None and is_main_process():
+        if not self.rightness and is_main_process():
             print("[aha] no reward function says whether an answer is right: no accuracy (eval.metric can name one)")
         train, held_out = load_data(recipe, session.tokenizer, scorer)
         self.train_set, data = train, fingerprint(train)
@@ -83,7 +83,7 @@ class GRPOTrainer:
             self.evaluator = Evaluator(
                 recipe.eval,
                 problems,
-                metric=self.metric,
+                rightness=self.rightness,
                 engine=self.engine,
                 scorer=scorer,
                 decode=session.decode,
@@ -195,7 +195,7 @@ class GRPOTrainer:
             self.learner.reference.refresh()
         epoch = self.order.epoch(step + 1)
         seconds = stage_seconds(clock.seconds, time.monotonic() - began)
-        metrics = step_metrics(experience, result, seconds, epoch=epoch, metric=self.metric)
+        metrics = step_metrics(experience, result, seconds, epoch=epoch, rightness=self.rightness)
         if step == 0:
             metrics |= {f"data/{name}": float(count) for name, count in self.dropped.items()}
         return metrics, experience

@@ -11,7 +11,7 @@ import pytest
 
 from rewards.scorer import RewardScorer
 from rl.config import EvalSection
-from rl.train.evaluate import Evaluation, Evaluator, rightness_function
+from rl.train.evaluate import Evaluation, Evaluator, rightness_functions
 from rl.train.experience import TextOf
 from rl.train.record import to_json
 from rl.types import Problem, SamplingParams
@@ -35,7 +35,7 @@ def evaluation(
     evaluator = Evaluator(
         settings,
         [Problem(f"p{i}", str(i), (3,), {"answer": gold}) for i, gold in enumerate(golds)],
-        metric=rightness_function(scorer.entries, settings.metric),
+        rightness=rightness_functions(scorer.entries, settings.metric),
         engine=engine or Spoken(said),
         scorer=scorer,
         decode=TextOf(TOKENIZER),
@@ -159,21 +159,32 @@ def test_what_functions_count_is_in_the_metrics(tmp_path: Path) -> None:
     assert metrics["eval/rewards/ends_well/calls"] == 4  # a greedy and a sampled group of each problem
 
 
+def test_each_task_is_judged_by_its_own_function() -> None:
+    by_answer = {"column": "answer", "in": ["0", "1"]}
+    functions: Functions = [
+        {"func": "accuracy", "when": by_answer},
+        {"func": "exact_match", "name": "word", "when": {"column": "answer", "equals": "2"}},
+    ]
+    found = evaluation(spoken("0", "2", "2", "3"), "0123", functions)
+    assert [answers[0].right for answers in found.greedy] == [True, False, True, None]
+    assert found.metrics["eval/accuracy"] == 2 / 3 and found.metrics["eval/none_frac"] == 1 / 4
+
+
 def test_which_function_says_right(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(PLAIN + "accuracy = ends_well\n")
 
-    def chosen(functions: Functions, wanted: str | None = None) -> str | None:
-        return rightness_function(RewardScorer(functions).entries, wanted)
+    def chosen(functions: Functions, wanted: str | None = None) -> tuple[str, ...]:
+        return rightness_functions(RewardScorer(functions).entries, wanted)
 
-    assert chosen(["format", "accuracy"]) == "accuracy"
-    assert chosen(["accuracy", "format"], "format") == "format"
+    assert chosen(["format", "accuracy"]) == ("accuracy",)
+    assert chosen(["accuracy", "format"], "format") == ("format",)
     # by the function, whatever it is called
-    assert chosen([{"func": "accuracy", "name": "is_right"}, "format"]) == "is_right"
-    assert chosen(["rewards.math_answer:accuracy_reward", "format"]) == "accuracy_reward"
-    assert chosen([f"{tmp_path}/own.py:accuracy", "format"]) is None
-    assert chosen(["countdown", "exact_match"]) == "exact_match"
+    assert chosen([{"func": "accuracy", "name": "is_right"}, "format"]) == ("is_right",)
+    assert chosen(["rewards.math_answer:accuracy_reward", "format"]) == ("accuracy_reward",)
+    assert chosen([f"{tmp_path}/own.py:accuracy", "format"]) == ()
+    assert chosen(["countdown", "exact_match"]) == ("exact_match", "countdown")
     # never just the last one
-    assert chosen([f"{tmp_path}/own.py:ends_well", "format"]) is None
-    assert chosen([f"{tmp_path}/own.py:ends_well", "format"], "ends_well") == "ends_well"
+    assert chosen([f"{tmp_path}/own.py:ends_well", "format"]) == ()
+    assert chosen([f"{tmp_path}/own.py:ends_well", "format"], "ends_well") == ("ends_well",)
     with pytest.raises(ValueError, match=r"eval\.metric.*allowed: format"):
         chosen(["format"], "acuracy")

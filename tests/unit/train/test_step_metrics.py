@@ -15,16 +15,16 @@ from tests.unit.train.test_experience import collected
 SECONDS = {"rollout": 2.0, "reward": 0.5, "update": 1.0, "step": 4.0, "rest": 0.5}
 
 
-def metrics_of(functions: list[Any] | None = None, *, metric: str | None = None) -> dict[str, float]:
+def metrics_of(functions: list[Any] | None = None, *, rightness: tuple[str, ...] = ()) -> dict[str, float]:
     """Of twelve completions, most of seven tokens."""
     load = torch.tensor([[2, 2, 0, 0], [1, 1, 1, 1]])
     result = UpdateResult([], {"loss": 0.25, "skipped_updates": 1.0}, load)
     experience = collected(functions) if functions else collected()
-    return step_metrics(experience, result, SECONDS, epoch=0.5, metric=metric)
+    return step_metrics(experience, result, SECONDS, epoch=0.5, rightness=rightness)
 
 
 def test_metrics_by_hand() -> None:
-    found = metrics_of(metric="word")
+    found = metrics_of(rightness=("word",))
     # <think> a </think> <answer> 0.5 </answer> <eos> and the like: 1, 3 or 9 letters more or less
     lengths = [9, 7, 2, 9, 9, 9, 9, 9, 9, 7, 9, 7]
     assert found["completions/mean_length"] == sum(lengths) / 12 and found["num_tokens"] == sum(lengths)
@@ -37,8 +37,9 @@ def test_metrics_by_hand() -> None:
     assert (found["time/step_s"], found["time/rollout_s"], found["time/rest_s"]) == (4.0, 2.0, 0.5)
 
 
-def test_accuracy_is_that_of_the_metric_function_or_absent() -> None:
-    assert metrics_of(metric="accuracy")["accuracy"] == 3 / 6
+def test_accuracy_is_that_of_the_first_rightness_function_with_a_value_or_absent() -> None:
+    assert metrics_of(rightness=("accuracy",))["accuracy"] == 3 / 6
+    assert metrics_of(rightness=("accuracy", "word"))["accuracy"] == (3 + 4) / 12
     assert "accuracy" not in metrics_of(["format"])
 
 
