@@ -124,7 +124,6 @@ class _Child:
         self._memory_bytes = settings["memory_bytes"]
         self._output_bytes = output_bytes
         self.output = b""
-        self._lines_taken = 0
         self._status = ""
         self._memory_checked = self._started
         self.leftover = 0
@@ -152,12 +151,12 @@ class _Child:
 
     def read_line(self) -> bytes | None:
         """The next line of its output; None when it ended, or was ended, before one came."""
-        while (end := self._collected.find(b"\n", self._lines_taken)) < 0:
+        while (end := self._collected.find(b"\n")) < 0:
             if self._status:
                 return None
             self._exchange(close_input=False)
-        line = bytes(self._collected[self._lines_taken : end])
-        self._lines_taken = end + 1
+        line = bytes(self._collected[:end])
+        del self._collected[: end + 1]  # output_bytes bounds what was not read yet, not the whole conversation
         return line
 
     def abandon(self) -> None:
