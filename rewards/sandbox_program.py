@@ -41,10 +41,13 @@ def compile_source(source: str) -> None:
         payload = payload[os.write(1, payload) :]
 
 
-def _namespace() -> dict[str, Any]:
-    main = type(sys)("__main__")
-    sys.modules["__main__"] = main
-    return vars(main)
+def _namespace(name: str = "__main__") -> dict[str, Any]:
+    """That of a fresh module, which the standard library finds by its name; with exit and quit, which `python -S`
+    leaves out."""
+    module = type(sys)(name)
+    sys.modules["__main__"] = sys.modules[name] = module
+    sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit
+    return vars(module)
 
 
 def run_main(code: bytes) -> None:
@@ -54,8 +57,7 @@ def run_main(code: bytes) -> None:
 def serve_calls(code: bytes) -> None:
     """Run the program with its prints discarded, then answer calls of its functions."""
     channel = _private_channel()
-    namespace = _namespace()
-    namespace["__name__"] = "program"  # an `if __name__ == "__main__"` part is for the other style
+    namespace = _namespace("program")  # an `if __name__ == "__main__"` part is for the other style
     exec(marshal.loads(code), namespace)
     channel.send({"loaded": True})
     while True:
@@ -76,9 +78,17 @@ def _answer_call(namespace: dict[str, Any], request: dict[str, Any]) -> dict[str
     keywords = {key: decode(item) for key, item in request["kwargs"].items()}
     try:
         value = function(*arguments, **keywords)
-        return {"value": encode(value), "args": [encode(item) for item in arguments]}
+        return {"value": encode(value), "args": [_encode_if_plain(item) for item in arguments]}
     except Exception as error:
         return {"raised": type(error).__name__, "message": str(error)[:500]}
+
+
+def _encode_if_plain(argument: Any) -> Any:
+    """What the function made of an argument, or None when that is no longer plain data."""
+    try:
+        return encode(argument)
+    except (TypeError, ValueError):
+        return None
 
 
 def _private_channel() -> LineChannel:

@@ -83,6 +83,31 @@ def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says
     assert any(part in score.reason for part in says.split("|")), score
 
 
+LONG = list(range(100_000, 120_000))
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("print(4)\nexit()", [{"input": "", "output": "4"}]),
+        ("print(4)\nquit(0)\nprint(5)", [{"input": "", "output": "4"}]),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass Pair:\n    a: int\n    b: int\ndef add(a, b): return Pair(a, b).a + b",
+            ADD_CASES,
+        ),
+        ("class Node: pass\ndef f(x):\n    x.append(Node())\n    return 3",
+         {"entry_point": "f", "cases": [{"args": [[1]], "output": 3}]}),
+        ("def f(x): return x", {"entry_point": "f", "cases": [{"args": [LONG], "output": LONG}] * 20}),
+    ],
+    ids=["exit", "quit", "dataclass", "object in an argument", "many long values"],
+)  # fmt: skip
+def test_honest_programs_are_paid_in_full(pool: VerifierPool, program: str, tests: Any) -> None:
+    score = grade(pool, program, tests, time_limit_s=5.0, program_limit_s=20.0)
+    assert score.value == 1.0, score
+
+
 CHEATS_FILE = Path(__file__).parents[2] / "data" / "rewards" / "code_cheats.txt"
 CHEATS = {name: body for name, _, body in (part.partition("\n") for part in CHEATS_FILE.read_text().split("### ")[1:])}
 
