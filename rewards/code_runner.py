@@ -17,6 +17,7 @@ from typing import Any
 from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase, same_output, same_value
 from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
+from rewards.shown import shown
 
 _COMPILE_LIMIT_S = 5.0
 _sandboxes: dict[tuple[str, SandboxLimits], Sandbox] = {}
@@ -119,7 +120,7 @@ class _ProgramRun:
             return f"raised {reply['raised']}: {reply['message']}"
         value = decode(reply["value"])
         same = bool(value == case.output) if case.exact else same_value(value, case.output)
-        return "" if same else f"wrong value: returned {repr(value)[:80]}"
+        return "" if same else f"wrong value: returned {shown(value)}"
 
     def _check_test(self, case: ScriptCase) -> str:
         """Carry calls from the test to the program and data back, until the test says how it went."""

@@ -75,6 +75,8 @@ ADD_LOOP = {
         ("def add(a, b): return abs(a) + b + (a > 2)", ADD_LOOP, 0.5, "AssertionError: 3"),
         ("def add(a, b): return a +", ADD_TESTS, 0.0, "SyntaxError"),
         ("", SQUARES, 0.0, "answer|printed|fence"),
+        ("def add(a, b): return 10**5000", ADD_CASES, 0.0, "returned <no repr"),
+        ("def add(a, b): return 10**5000", ADD_LOOP, 0.0, "AssertionError: 0"),
     ],
 )
 def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says: str) -> None:
@@ -376,6 +378,7 @@ def test_same_output(printed: str, expected: str, same: bool) -> None:
         (2.1, 2.0, False), (10**400, 1.0, False), ("2", 2, False), ({1: "a"}, {"1": "a"}, True),
         ({"a": 1}, {"a": 2}, False),
         ({"a": 1, "b": 2}, {"a": 1}, False), (None, None, True), (None, 0, False), (iter([1, 2]), [1, 2], True),
+        ({10**5000: 1}, {"a": 1}, False),
         ({1, 2}, [1, 2], False), ("ab", ["a", "b"], False), (float("nan"), 1.0, False),
     ],
 )  # fmt: skip
