@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from rewards.column_check import missing_columns
 from rewards.pool import Outcome, shared_pool
 from rewards.registry import load_function
 from rewards.reward_entry import RewardEntry
+from rewards.shown import shown
 
 RowStatus = Literal["ok", "none", "timeout", "error"]
 # A built-in function marks single scores with rules that end in these: the text made its verifier run out of time or
@@ -107,8 +108,7 @@ def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list
 
 def call_by_name(path: str, arguments: dict[str, Any]) -> Any:
     """What a worker runs. A list stays what it is, also of the wrong length: the owner checks it."""
-    returned = load_function(path)(**arguments)
-    return returned.tolist() if hasattr(returned, "tolist") else returned
+    return _plain(load_function(path)(**arguments))
 
 
 def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
@@ -123,35 +123,54 @@ def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
 
 def read_verdicts(returned: Any, count: int, seconds: float) -> list[Verdict]:
     """Check what a reward function returned for `count` rows. Lists, tuples and one-dimensional arrays or tensors are
-    accepted."""
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, list | tuple):
-        return [failed(f"returned {_shown(returned)}, not a list of {count} values", seconds)] * count
+    accepted, of numbers of Python, numpy or torch."""
+    values = _plain(returned)
+    if not isinstance(values, list):
+        return [failed(f"returned {_told(returned)}, not a list of {count} values", seconds)] * count
     if len(values) != count:
         return [failed(f"returned {len(values)} values for {count} completions", seconds)] * count
     return [_read_value(value, seconds) for value in values]
 
 
+def _plain(returned: Any) -> Any:
+    """A list of Python's own numbers and of Scores that hold such numbers, where it is one; the rest as it came."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple):
+        return values
+    return [
+        replace(value, value=_plain_number(value.value)) if isinstance(value, Score) else _plain_number(value)
+        for value in values
+    ]
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item"):  # a scalar of numpy or torch, or an array of theirs
+        try:
+            return value.item()
+        except (ValueError, RuntimeError):  # of several entries: no number
+            return value
+    return value
+
+
 def _read_value(value: Any, seconds: float) -> Verdict:
-    score = value if isinstance(value, Score) else None
-    number = value.value if score is not None else value
-    if number is None and score is not None and score.rule == ERROR_RULE:
+    score = value if isinstance(value, Score) else Score(value)
+    number = score.value
+    for key, text in score.explanation.items():
+        if not isinstance(text, str | None):
+            return failed(f"returned a Score whose {key} is {_told(text)}, which is not text", seconds)
+    if number is None and score.rule == ERROR_RULE:
         return Verdict(score, "error", seconds)
     if number is None:
-        return Verdict(score or Score(None, "does not apply"), "none", seconds)
-    if hasattr(number, "item"):  # a scalar of numpy or torch
-        number = number.item()
+        return Verdict(score if score is value else Score(None, "does not apply"), "none", seconds)
     if not isinstance(number, Real):
-        return failed(f"returned {_shown(number)}, which is not a number", seconds)
+        return failed(f"returned {_told(number)}, which is not a number", seconds)
     try:
         plain = float(number)
     except OverflowError:
         plain = math.inf
     if not math.isfinite(plain):
-        return failed(f"returned {_shown(number)}, which is not finite", seconds)
-    if score is None:
-        return Verdict(Score(plain), "ok", seconds)
-    return Verdict(score, "timeout" if score.rule.endswith(LIMIT_RULES) else "ok", seconds)
+        return failed(f"returned {_told(number)}, which is not finite", seconds)
+    return Verdict(replace(score, value=plain), "timeout" if score.rule.endswith(LIMIT_RULES) else "ok", seconds)
 
 
 def failed(problem: str, seconds: float) -> Verdict:
@@ -159,6 +178,5 @@ def failed(problem: str, seconds: float) -> Verdict:
     return Verdict(Score(None, problem, rule=ERROR_RULE), "error", seconds)
 
 
-def _shown(value: Any, limit: int = 80) -> str:
-    text = f"{type(value).__name__} {value!r}"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _told(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value)}"

@@ -32,6 +32,7 @@ from rewards.daemon_threads import DaemonThreads
 from rewards.in_process import InProcess
 from rewards.reward_call import Batch, RowStatus, Verdict, call_arguments, call_isolated
 from rewards.reward_entry import RewardEntry, parse_entries
+from rewards.shown import shown
 
 _EXCERPT_CHARS = 200
 _DOES_NOT_APPLY = Verdict(Score(None, "does not apply"), "none", 0.0)
@@ -241,7 +242,7 @@ class RewardScorer:
             return
         for row, verdict in zip(rows, given, strict=True):
             if verdict.status in ("error", "timeout") and verdict.score.value is None:
-                columns = {key: _excerpt(repr(values[row]), 60) for key, values in batch.columns.items()}
+                columns = {key: shown(values[row], 60) for key, values in batch.columns.items()}
                 raise RewardError(
                     f"reward function {entry.name!r} ({entry.path}) failed on row {row}: {verdict.score.reason}\n"
                     f"  columns: {columns}\n"

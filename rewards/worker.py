@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.registry import load_function
+from rewards.shown import shown_error
 
 _PR_SET_PDEATHSIG = 1
 _OWNER_POLL_S = 1.0
@@ -110,7 +111,7 @@ class Template:
         try:
             importlib.import_module(module)
         except Exception as error:  # a worker that needs the module meets the same, and says so
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": shown_error(error)}
         return {}
 
     def _spawn(self, *, memory_bytes: int, fds: list[int]) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> bytes:
         return pickle.dumps(("memory", None, "MemoryError: the job needed more memory than its limit"))
     except (Exception, SystemExit) as error:
         # The border between a verifier and the run: whatever it raises is carried back by name, nothing is swallowed.
-        return pickle.dumps(("error", None, f"{type(error).__name__}: {error}"[:2000]))
+        return pickle.dumps(("error", None, shown_error(error)[:2000]))
 
 
 def _limit_cpu(limit_s: float) -> None:

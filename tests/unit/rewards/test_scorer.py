@@ -52,6 +52,23 @@ class Tensor:
 def tensor(completions): return Tensor([0.25] * len(completions))
 def wants_column(completions, missing_column): return [1.0] * len(completions)
 def positional(completions, /): return []
+class Scalar:  # as a number of numpy or torch
+    def __init__(self, *values): self.values = values
+    def item(self):
+        if len(self.values) != 1: raise ValueError("only one element can be converted")
+        return self.values[0]
+class Mute(Exception):
+    def __str__(self): raise OSError("no message")
+    __repr__ = __str__
+def scalars(completions): return [Scalar(0.5) for _ in completions]
+def scores_of_scalars(completions): return [Score(Scalar(0.5), "half") for _ in completions]
+def scores_of_truth(completions): return [Score(True) for _ in completions]
+def vectors(completions): return [Scalar(0.5, 0.5) for _ in completions]
+def enormous(completions): return [10**5000 for _ in completions]
+def mute(completions): raise Mute()
+def mutes(completions): return [Mute() for _ in completions]
+async def cancels(completions): raise asyncio.CancelledError("by an inner task")
+def number_as_text(completions): return [Score(1.0, extracted=4) for _ in completions]
 def counts(completions, counters):
     counters.add(texts=len(completions))
     return [1.0] * len(completions)
@@ -99,6 +116,12 @@ def test_no_function_applies_gives_none(file: str) -> None:
         ("nans", "returned float nan, which is not finite"),
         ("raises", "KeyError: 'gone'"),
         ("raises_late", "OSError: refused"),
+        ("vectors", "returned Scalar <"),
+        ("enormous", "returned int <no repr: ValueError>, which is not finite"),
+        ("mute", "Mute, without a message: OSError"),
+        ("mutes", "returned Mute <no repr: OSError>, which is not a number"),
+        ("cancels", "CancelledError: by an inner task"),
+        ("number_as_text", "returned a Score whose extracted is int 4, which is not text"),
     ],
 )
 def test_errors_stop_with_name_row_and_text_or_are_masked(file: str, function: str, says: str) -> None:
@@ -141,6 +164,21 @@ def test_what_is_logged_of_a_row(file: str) -> None:
 def test_values_of_arrays_and_truth_values(file: str) -> None:
     batch = score(RewardScorer([f"{file}:tensor", f"{file}:equals"]), ["a", "b"], answer=["a", "a"])
     assert batch.rewards == [1.25, 0.25]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("function", ["scalars", "scores_of_scalars", "scores_of_truth"])
+def test_numbers_of_other_libraries_become_plain_ones(file: str, function: str, isolate: bool) -> None:
+    """A run's log could not be written with others, and a worker's reply not be read."""
+    batch = score(RewardScorer([{"func": f"{file}:{function}", "isolate": isolate}]), ["a"])
+    (value,) = batch.by_function[function]
+    assert value == (1.0 if function == "scores_of_truth" else 0.5) and type(value) is float
+    assert batch.scores[function][0].reason == ("half" if function == "scores_of_scalars" else "")
+
+
+def test_a_failure_without_a_message_is_told_from_a_worker_too(file: str) -> None:
+    batch = score(RewardScorer([{"func": f"{file}:mute", "isolate": True}], on_error="mask"), ["a"])
+    assert batch.scores["mute"][0].reason == "Mute, without a message: OSError"
 
 
 def test_parameters_columns_and_row_arguments(file: str) -> None:
