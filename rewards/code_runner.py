@@ -86,7 +86,7 @@ class _ProgramRun:
                 return _told(result)
         if isinstance(case, StdinCase):
             result = self._sandbox.run(case.input, limit_s=self._left())
-            self._loaded = result.status != "died"  # a new sandbox knows nothing of the program
+            self._loaded = self._sandbox.running  # a new sandbox knows nothing of the program
             if result.status != "ok":
                 return _told(result)
             return "" if same_output(result.stdout, case.output) else f"wrong output: printed {result.stdout[:80]!r}"
@@ -106,7 +106,7 @@ class _ProgramRun:
         if self._open:
             result = self._sandbox.send(json.dumps(request), limit_s=max(self._left(), 0.01))
             self._open = result.status == "ok"
-        self._loaded = result.status != "died"
+        self._loaded = self._sandbox.running
         return (_read_reply(result.stdout), "") if self._open else ({}, _told(result))
 
     def _check_call(self, case: CallCase) -> str:

@@ -104,7 +104,11 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
         self._buffer = bytearray()
-        self._source = ""
+
+    @property
+    def running(self) -> bool:
+        """False before the first request, and after one that had to end the sandbox, and with it what was loaded."""
+        return self._process is not None
 
     def load(self, source: str, *, limit_s: float = 5.0) -> RunResult:
         """Compile a program, to be run or called next. status error tells of a syntax error."""

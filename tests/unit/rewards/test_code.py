@@ -232,6 +232,24 @@ def test_programs_a_second(pool: VerifierPool) -> None:
     assert max(rates) > 10
 
 
+@needs_isolation
+@pytest.mark.parametrize("style", ["stdin", "calls"])
+def test_a_sandbox_that_falls_silent_costs_its_case(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next case loads the program into the sandbox that takes its place."""
+    monkeypatch.setattr("rewards.sandbox._GRACE_S", -0.8)  # gives up before the sandbox itself does
+    monkeypatch.setattr(code_runner, "_sandboxes", {})
+    program = (
+        "import time\ndef f(n):\n    time.sleep(5 * n)\n    return n\n"
+        "if __name__ == '__main__': print(f(int(input())))\n"
+    )
+    cases: dict[str, list[Any]] = {
+        "stdin": [StdinCase(str(n), str(n)) for n in (0, 1, 0)],
+        "calls": [CallCase("f", (n,), n) for n in (0, 1, 0)],
+    }
+    result = code_runner.run_program(program, cases[style], code_runner.Limits(case_s=1.0))
+    assert (result["passed"], result["failure"], result["timed_out"]) == (2, "case 1: timeout", True), result
+
+
 def test_refuses_loudly_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_runner, "Sandbox", _Refuses)
     monkeypatch.setattr(code_runner, "_sandboxes", {})
