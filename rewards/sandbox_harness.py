@@ -33,7 +33,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 SECCOMP_MODE_FILTER = 2
 POLL_MS = 50
 STDERR_BYTES = 4096
-MAX_TEMPORARY_FILES = 2000
+MAX_TEMPORARY_FILES = 20_000  # an empty one takes a kilobyte of the kernel's memory, which no other limit counts
+MAX_REMOVED_FILES = 2000
+TEMPORARY_FOLDERS = ("/tmp", "/dev/shm")
 CHUNK = 1 << 16
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -112,7 +114,7 @@ class Harness:
         """Whether nothing of the program is left, so that the next one may use this sandbox."""
         self._abandon_dialog()
         self._code = b""
-        return {"status": "ok", "clean": _kill_others() == 0 and _empty_folder("/tmp") and _empty_folder("/dev/shm")}
+        return {"status": "ok", "clean": _kill_others() == 0 and all(map(_empty_folder, TEMPORARY_FOLDERS))}
 
 
 class _Child:
@@ -211,7 +213,7 @@ class _Child:
             self._status = "exited"
         elif time.monotonic() - self._memory_checked > POLL_MS / 1000:
             self._memory_checked = time.monotonic()
-            if _resident_bytes() > 2 * self._memory_bytes:
+            if _resident_bytes() > 2 * self._memory_bytes or _temporary_files() > MAX_TEMPORARY_FILES:
                 self._status = "memory"
 
     def _feed(self) -> None:
@@ -284,6 +286,10 @@ def _resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+def _temporary_files() -> int:
+    return sum(found.f_files - found.f_ffree for found in map(os.statvfs, TEMPORARY_FOLDERS))
+
+
 def _empty_folder(folder: str) -> bool:
     """Remove everything in it; False when that is not possible or too much."""
     count = 0
@@ -295,7 +301,7 @@ def _empty_folder(folder: str) -> bool:
             os.chmod(current, 0o700) if current != folder else None
             for entry in os.scandir(current):
                 count += 1
-                if count > MAX_TEMPORARY_FILES:
+                if count > MAX_REMOVED_FILES:
                     return False
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)

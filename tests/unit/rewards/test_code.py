@@ -236,7 +236,7 @@ def test_programs_a_second(pool: VerifierPool) -> None:
 @pytest.mark.parametrize("style", ["stdin", "calls"])
 def test_a_sandbox_that_falls_silent_costs_its_case(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next case loads the program into the sandbox that takes its place."""
-    monkeypatch.setattr("rewards.sandbox._GRACE_S", -0.8)  # gives up before the sandbox itself does
+    monkeypatch.setattr("rewards.sandbox._GRACE_S", -1.0)  # gives up before the sandbox itself does
     monkeypatch.setattr(code_runner, "_sandboxes", {})
     program = (
         "import time\ndef f(n):\n    time.sleep(5 * n)\n    return n\n"
@@ -246,7 +246,7 @@ def test_a_sandbox_that_falls_silent_costs_its_case(style: str, monkeypatch: pyt
         "stdin": [StdinCase(str(n), str(n)) for n in (0, 1, 0)],
         "calls": [CallCase("f", (n,), n) for n in (0, 1, 0)],
     }
-    result = code_runner.run_program(program, cases[style], code_runner.Limits(case_s=1.0))
+    result = code_runner.run_program(program, cases[style], code_runner.Limits(case_s=2.0))
     assert (result["passed"], result["failure"], result["timed_out"]) == (2, "case 1: timeout", True), result
 
 
