@@ -17,10 +17,10 @@ seccomp(2).
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import platform
+import secrets
 import select
 import shutil
 import subprocess
@@ -50,7 +50,6 @@ _START_LIMIT_S = 20.0
 _GRACE_S = 2.0
 _CHUNK = 1 << 18
 _FIRST_USER, _USERS = 20_000, 40_000
-_numbers = itertools.count()
 
 
 class SandboxUnavailable(RuntimeError):
@@ -186,11 +185,10 @@ class Sandbox:
             env={},
         )
         # Of its own, so that the limit of processes, which the kernel counts per user, is not shared with other
-        # sandboxes.
-        number = os.getpid() * 2 + next(_numbers)
+        # sandboxes: drawn, since those of other workers and of other containers on this host cannot be asked.
         settings = {
             **asdict(self.limits),
-            "uid": _FIRST_USER + number % _USERS if os.geteuid() == 0 else None,
+            "uid": _FIRST_USER + secrets.randbelow(_USERS) if os.geteuid() == 0 else None,
             "filter": filter_program(platform.machine()).hex(),
         }
         reply = self._exchange(settings, _START_LIMIT_S)

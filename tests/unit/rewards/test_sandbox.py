@@ -198,6 +198,23 @@ def test_dies_with_whoever_started_it() -> None:
     assert not _runs(launched)
 
 
+@needs_isolation
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandboxes have user namespaces of their own")
+def test_sandboxes_of_neighbouring_workers_do_not_share_a_user() -> None:
+    """Else a fork bomb in one leaves an honest program in the other no process."""
+    script = (
+        "import os, sys; pid = int(sys.argv[1]); os.getpid = lambda: pid\n"
+        "from rewards.sandbox import Sandbox\n"
+        "for _ in range(4):\n"
+        "    with Sandbox() as s: s.load('import os; print(os.getuid())'); print(s.run('').stdout, end='')\n"
+    )
+    users: list[str] = []
+    for pid in ("100", "101"):
+        done = subprocess.run([sys.executable, "-c", script, pid], capture_output=True, text=True, timeout=60)
+        users += done.stdout.split()
+    assert len(users) == 8 and len(set(users)) >= 7, users  # drawn from 40,000: two pairs of equals are one in 10^8
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
