@@ -120,6 +120,7 @@ class _ProgramRun:
             return f"raised {reply['raised']}: {reply['message']}"
         value = decode(reply["value"])
         same = bool(value == case.output) if case.exact else same_value(value, case.output)
+        same = same or (case.boxed and same_value(value, case.output[0]))
         return "" if same else f"wrong value: returned {shown(value)}"
 
     def _check_test(self, case: ScriptCase) -> str:

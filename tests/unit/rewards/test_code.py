@@ -70,6 +70,9 @@ ADD_LOOP = {
         ("class Solution:\n    def add(self, a, b): return a + b", ADD_CASES, 1.0, "2 of 2"),
         ("def add(a, b): return 3", ADD_CASES, 0.5, "returned 3"),
         ("def ad(a, b): return a + b", ADD_CASES, 0.0, "no function 'add'"),
+        ("def add(a, b): return a + b", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0, "1 of 1"),
+        ("def add(a, b): return [a + b]", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0, "1 of 1"),
+        ("def add(a, b): return [a, b]", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 0.0, "[1, 2]"),
         ("def add(a, b): return a + b", ADD_TESTS, 1.0, "2 of 2"),
         ("def add(a, b): return a + b", ADD_LOOP, 1.0, "2 of 2"),
         ("def add(a, b): return abs(a) + b + (a > 2)", ADD_LOOP, 0.5, "AssertionError: 3"),
@@ -356,6 +359,15 @@ def test_code_format() -> None:
             {"entry_point": "f", "tests": ["assert f(-1, k=[2]) == (3,)"]},
             [CallCase("f", (-1,), (3,), {"k": [2]}, exact=True)],
         ),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [[3]]}, [CallCase("f", (1,), [3], boxed=True)]),
+        (
+            {"fn_name": "f", "inputs": [[1]] * 2, "outputs": [[3], 3]},
+            [CallCase("f", (1,), [3]), CallCase("f", (1,), 3)],
+        ),
+        (
+            {"entry_point": "f", "tests": ["assert f(1) == 2"], "setup": "x = 1"},
+            [ScriptCase("x = 1\nassert f(1) == 2", ("f",))],
+        ),
         ({"entry_point": "f", "tests": "assert f(x) == 3"}, [ScriptCase("\nassert f(x) == 3", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
@@ -369,7 +381,12 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
     "raw",
     ["{", "3", 3, [], [{"input": 1, "output": "b"}], {"inputs": ["a"], "outputs": []}, {"tests": ["assert 1"]}, {},
      {"entry_point": "f g", "tests": ["assert 1"]}, {"entry_point": "f", "cases": [{"args": [1]}]},
-     {"entry_point": ["f", "g"], "cases": []}],
+     {"entry_point": ["f", "g"], "cases": []}, {"entry_point": "f", "tests": ["assert f(1) = 2"]},
+     {"entry_point": "f", "tests": ["assert f(1) == 2", "def check(candidate):\n    assert candidate(1"]},
+     {"entry_point": "f", "setup": "import", "tests": ["assert f(1) == 2"]}, {"entry_point": 3, "tests": ["pass"]},
+     {"entry_point": "f", "cases": None}, {"entry_point": "f", "cases": [{"args": [1], "output": 2, "kwargs": [3]}]},
+     [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
+     [{"input": "1", "output": "2", "testtype": "functional"}]],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
     with pytest.raises(ValueError, match="tests: "):
