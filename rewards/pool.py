@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,6 +176,7 @@ class _Slot:
         self._unloadable = unloadable
         self._sock: socket.socket | None = None
         self._pid = 0
+        self._served = 0  # jobs of this worker
         self._loaded: set[str] = set()
 
     def run(self, job: _Job) -> Outcome:
@@ -185,7 +186,7 @@ class _Slot:
         try:
             if self._sock is None:
                 self._sock, self._pid = self._template.spawn()
-                self._loaded = set()
+                self._loaded, self._served = set(), 0
             problem = self._begin(self._sock, job)
             if problem:
                 return Outcome(None, "broken", time.monotonic() - started, problem)
@@ -196,9 +197,13 @@ class _Slot:
             return Outcome(None, "timeout", time.monotonic() - started, f"killed after {job.limit_s:g} s")
         except (EOFError, OSError) as gone:
             return self._died(gone, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._served += 1
         if status == "memory":  # what the failed job left allocated would starve the next one
             self._replace()
-        return Outcome(value, status, time.monotonic() - started, error)
+            if self._served > 1:  # and earlier ones may have starved this one
+                return self.run(replace(job, limit_s=max(job.limit_s - seconds, 0.01)))
+        return Outcome(value, status, seconds, error)
 
     def _begin(self, sock: socket.socket, job: _Job) -> str:
         """Hand the job over, its clock starting; why it was not begun, if its function could not be loaded."""
@@ -320,6 +325,9 @@ class _TemplateHandle:
         except EOFError as error:
             self._stop()
             raise OSError("the verifiers' template process has died") from error
+        except TimeoutError as error:  # no job's own
+            self._stop()
+            raise OSError(f"the verifiers' template process was silent for {_LOAD_LIMIT_S:g} s") from error
         except OSError:
             self._stop()
             raise

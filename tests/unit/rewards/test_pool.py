@@ -44,6 +44,8 @@ def functions(tmp_path: Path) -> str:
         "def noisy(): print('x' * 100000); sys.stdin.read(); return 1\n"
         "def recurse(n=0): return recurse(n + 1)\n"
         "def pid(): return os.getpid()\n"
+        "hoard = []\n"
+        "def leak(number): hoard.append(bytearray(100 << 20)); return number\n"
         "def deaf():\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    while True: pass\n"
@@ -76,6 +78,22 @@ def test_memory_errors_and_deaths_are_told_apart(pool: VerifierPool, functions: 
     assert "SIGABRT" in pool.map("os:abort", [()])[0].error
     assert pool.map("os:_exit", [(0,)])[0].status == pool.map("os:abort", [()])[0].status == "broken"
     assert pool.map(f"{functions}:deaf", [()], time_limit_s=0.3)[0].status == "timeout"
+
+
+def test_a_job_does_not_pay_for_the_memory_of_earlier_ones(functions: str) -> None:
+    with VerifierPool(workers=1, memory_limit_mb=512) as fresh:
+        outcomes = fresh.map(f"{functions}:leak", [(number,) for number in range(8)])
+        assert [outcome.value for outcome in outcomes] == list(range(8)), outcomes
+        assert fresh.map("operator:mul", [(b"x", 1 << 30)])[0].status == "memory"
+
+
+def test_a_template_that_does_not_answer_is_no_timeout_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    with VerifierPool(workers=1) as fresh:
+        with monkeypatch.context() as patch:
+            patch.setattr("rewards.pool._LOAD_LIMIT_S", 0.001)
+            (outcome,) = fresh.map("operator:add", [(1, 2)])
+            assert outcome.status == "broken" and "silent for 0.001 s" in outcome.error, outcome
+        assert fresh.map("operator:add", [(1, 2)])[0].value == 3
 
 
 def test_replies_hold_plain_data_only(pool: VerifierPool, functions: str) -> None:
