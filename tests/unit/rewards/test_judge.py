@@ -40,16 +40,18 @@ class Judge:
                 self.send_response(code)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text.encode())))
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
                 self.wfile.write(text.encode())
+                threading.Event().wait(0.5 if "Content-Length" in headers else 0.0)  # promised more than comes
 
             def log_message(self, *_: Any) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 def says(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Reply:
@@ -87,12 +89,32 @@ def test_rubric(judge: Judge, text: str, value: float) -> None:
     assert ask(judge, ["r"])[0].value == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["seven", '{"score": "high"}', '{"score": true}', "", '{"points": 3}'])
+UNREADABLE = ["seven", '{"score": "high"}', '{"score": true}', "", '{"points": 3}', '{"score": 1e999}']
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_an_answer_without_a_verdict_is_a_failure_not_a_zero(judge: Judge, text: str) -> None:
     judge.answer = lambda question, number: says(text)
-    (score,) = ask(judge, ["r"])
+    (score,) = ask(judge, ["r"], retries=2, usd_per_million_prompt_tokens=1.0)
     assert score.value is None and score.rule == "error"
-    assert judge.counters.take()["failures"] == 1
+    counted = judge.counters.take()
+    assert counted["failures"] == 1 and counted["calls"] == len(judge.questions) == 3  # every answer was paid for
+    assert counted["cost_usd"] == pytest.approx(300 / 1e6)
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_an_answer_without_a_verdict_is_asked_for_again_and_not_kept(judge: Judge, text: str, tmp_path: Path) -> None:
+    judge.answer = lambda question, number: says(text if number == 1 else '{"score": 7}')
+    assert ask(judge, ["r"])[0].value == 0.7 and judge.counters.take()["retries"] == 1
+    judge.questions.clear()
+    assert ask(judge, ["r"], retries=0, cache_folder=str(tmp_path))[0].value is None
+    assert ask(judge, ["r"], retries=0, cache_folder=str(tmp_path))[0].value == 0.7
+
+
+def test_a_refusal_whose_body_does_not_come_costs_its_row(judge: Judge) -> None:
+    judge.answer = lambda question, number: (503, {"Content-Length": "300"}, "") if number < 3 else says('{"score": 7}')
+    assert ask(judge, ["r"], timeout_s=0.2)[0].value == 0.7
+    assert judge.counters.take()["retries"] == 2
 
 
 def test_pairwise_asks_in_both_orders(judge: Judge) -> None:
