@@ -1,5 +1,5 @@
-"""`judge`: a language model behind an OpenAI-compatible endpoint scores completions, by a rubric or against a
-reference.
+"""`judge`: a language model behind an OpenAI-compatible endpoint scores completions, by a rubric, against a reference,
+or against each other.
 
 In: prompts, completions, the endpoint's settings from the recipe. Out: `Score`s from 0 to 1; None with rule "error"
 where the judge could not be reached or gave no readable verdict after all retries (the recipe's on_error then stops or
@@ -26,8 +26,8 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -39,6 +39,11 @@ from rewards.reward_entry import checked_by
 _RETRIED_CODES = (408, 409, 425, 429, 500, 502, 503, 504)
 _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _MAX_TEXT_CHARS = 60_000
+_KINDS: dict[Any, str] = {int: "a whole number", int | float: "a number"}
+_LOWEST: tuple[tuple[str, float, Any], ...] = (
+    ("timeout_s", 0.001, int | float), ("max_score", 0.001, int | float), ("retries", 0, int), ("concurrency", 1, int),
+    ("rounds", 1, int),
+)  # fmt: skip
 _VERDICT = re.compile(r'\{[^{}]{0,2000}"(?:score|winner)"[^{}]{0,2000}\}')
 _RUBRIC_TASK = (
     "Judge the response to the request by this rubric:\n{rubric}\n"
@@ -63,13 +68,13 @@ class JudgeFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
+    """body: of every request, but for the messages."""
+
     url: str
-    model: str
+    body: dict[str, Any]
     key: str | None
     timeout_s: float
     retries: int
-    temperature: float
-    max_tokens: int
 
 
 def _check(**params: Any) -> None:
@@ -78,16 +83,23 @@ def _check(**params: Any) -> None:
         raise ValueError(f"base_url: {params.get('base_url')!r} is not allowed; as in http://localhost:8000/v1")
     if not params.get("model"):
         raise ValueError("model: missing; the name that the endpoint knows it by")
-    if params.get("mode", "rubric") not in ("rubric", "pairwise"):
-        raise ValueError(f"mode: {params['mode']!r} is not allowed; rubric or pairwise")
-    if params.get("mode") == "pairwise" and not params.get("reference_column"):
+    mode = params.get("mode", "rubric")
+    if mode not in ("rubric", "pairwise", "group"):
+        raise ValueError(f"mode: {mode!r} is not allowed; rubric, pairwise or group")
+    if mode == "pairwise" and not params.get("reference_column"):
         raise ValueError("reference_column: missing; pairwise compares with a reference response of the dataset")
+    for key, of in (("max_score", ("rubric",)), ("reference_column", ("rubric", "pairwise")), ("rounds", ("group",))):
+        if key in params and mode not in of:
+            raise ValueError(f"{key}: has no effect with mode {mode}")
     name = params.get("api_key_env")
     if name is not None and name not in os.environ:
         raise ValueError(f"api_key_env: the environment has no variable {name!r}")
-    for key, lowest in (("timeout_s", 0.001), ("retries", 0), ("concurrency", 1), ("max_score", 0.001)):
-        if not params.get(key, lowest) >= lowest:
-            raise ValueError(f"{key}: {params[key]!r} is not allowed; at least {lowest}")
+    if not isinstance(params.get("request", {}), Mapping):
+        raise ValueError(f"request: {params['request']!r} is not allowed; a mapping")
+    for key, lowest, kinds in _LOWEST:
+        value = params.get(key, lowest)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value >= lowest:
+            raise ValueError(f"{key}: {value!r} is not allowed; {_KINDS[kinds]} of at least {lowest:g}")
 
 
 _threads: dict[tuple[str, int], DaemonThreads] = {}
@@ -108,12 +120,14 @@ async def judge_reward(
     completions: Sequence[Completion],
     completion_ids: Sequence[Any] = (),
     *,
+    group_ids: Sequence[int] = (),
     base_url: str,
     model: str,
-    mode: Literal["rubric", "pairwise"] = "rubric",
+    mode: Literal["rubric", "pairwise", "group"] = "rubric",
     rubric: str = "Is the response correct, complete and clearly reasoned?",
     max_score: float = 10.0,
     reference_column: str | None = None,
+    rounds: int | None = None,
     api_key_env: str | None = None,
     cache_folder: str | None = None,
     concurrency: int = 16,
@@ -121,33 +135,41 @@ async def judge_reward(
     retries: int = 4,
     temperature: float = 0.0,
     max_tokens: int = 512,
+    request: Mapping[str, Any] | None = None,
     usd_per_million_prompt_tokens: float = 0.0,
     usd_per_million_completion_tokens: float = 0.0,
     counters: Counters | None = None,
     **columns: Sequence[Any],
 ) -> list[Score]:
     """rubric: score / max_score, cut to [0, 1]. pairwise: 1 for better than the reference, 0.5 for a tie, 0 for worse,
-    as the mean over both orders of the two responses, since judges prefer a place.
+    as the mean over both orders of the two responses, since judges prefer a place. group: the mean of that over other
+    completions of the same prompt; None for a completion that has no other beside it.
 
     Range [0, 1]. Source: Zheng et al. 2023 (arXiv 2306.05685), section 3.1 and appendix A; departures: see the file's
     docstring. rubric mode shows the row's reference, if reference_column is given, as the reference answer.
     api_key_env: the environment variable that holds the key (a recipe should not). cache_folder: where verdicts are
     kept, by content. concurrency: requests at one time, of all calls in this process to this endpoint together.
-    timeout_s: of one request; the entry's time_limit_s holds for a call with all its rows.
+    timeout_s: of one request; the entry's time_limit_s holds for a call with all its rows. rounds: of a group; each
+    takes two requests for every completion and compares it with two others. Default: with all others, which takes
+    G * (G - 1) requests for a group of G. request: more keys of the request's body, as max_completion_tokens; null
+    leaves out one of ours.
 
         a judge that answers '{"score": 7}' with max_score 10              ->  0.7
         pairwise, one that answers '{"winner": "A"}' in either order       ->  0.5
+        group of 3, one that always prefers the longest                    ->  0, 0.5 and 1 by length
     """
     key = os.environ[api_key_env] if api_key_env is not None else None
-    endpoint = _Endpoint(
-        base_url.rstrip("/") + "/chat/completions", model, key, timeout_s, retries, temperature, max_tokens
-    )
+    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **(request or {})}
+    body = {name: value for name, value in body.items() if value is not None}
+    endpoint = _Endpoint(base_url.rstrip("/") + "/chat/completions", body, key, timeout_s, retries)
     prices = (usd_per_million_prompt_tokens, usd_per_million_completion_tokens)
-    references = columns[reference_column] if reference_column is not None else [None] * len(completions)
     client = _Client(endpoint, cache_folder, prices, counters or Counters())
     judge = _Judge(mode, rubric, max_score, client, _endpoint_threads(endpoint.url, concurrency))
-    rows = zip(prompts, completions, references, strict=True)
-    return list(await asyncio.gather(*(judge.score(str(row[0]), completion_text(row[1]), row[2]) for row in rows)))
+    asked, texts = [str(prompt) for prompt in prompts], [completion_text(completion) for completion in completions]
+    if mode == "group":
+        return await judge.score_groups(asked, texts, group_ids, rounds)
+    references = columns[reference_column] if reference_column is not None else [None] * len(texts)
+    return list(await asyncio.gather(*map(judge.score, asked, texts, references)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +196,18 @@ class _Judge:
         gold = None if reference is None else str(reference)[:200]
         return Score(value, said[-500:], response[-200:], gold, self.mode)
 
+    async def score_groups(
+        self, prompts: Sequence[str], responses: Sequence[str], group_ids: Sequence[int], rounds: int | None
+    ) -> list[Score]:
+        """Each response by what it won against others of its group."""
+        met: list[list[Score]] = [[] for _ in responses]
+        pairs = [pair for rows in _rows_by_group(group_ids) for pair in _pairs(rows, rounds)]
+        results = await asyncio.gather(*(self.score(prompts[i], responses[i], responses[j]) for i, j in pairs))
+        for (i, j), result in zip(pairs, results, strict=True):
+            met[i].append(result)
+            met[j].append(replace(result, value=None if result.value is None else 1.0 - result.value))
+        return list(map(_share_won, responses, met))
+
     async def _by_rubric(self, prompt: str, response: str, reference: Any) -> tuple[float, str]:
         shown = [("REQUEST", prompt), ("RESPONSE", response)]
         shown += [("REFERENCE", str(reference))] if reference is not None else []
@@ -183,6 +217,8 @@ class _Judge:
 
     async def _by_comparison(self, prompt: str, response: str, other: str) -> tuple[float, str]:
         """The mean over both orders of 1 for a win of the response, 0.5 for a tie, 0 for a loss."""
+        if response == other:
+            return 0.5, "the same text"
         task = _PAIRWISE_TASK.format(rubric=self.rubric)
         (first, answer), (second, _) = await asyncio.gather(
             self._ask(task, [("REQUEST", prompt), ("A", response), ("B", other)], _read_winner),
@@ -194,6 +230,31 @@ class _Judge:
     async def _ask(self, task: str, shown: Sequence[tuple[str, str]], read: Callable[[str], _V]) -> tuple[_V, str]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, self.client.ask, _question(task, shown), read)
+
+
+def _rows_by_group(group_ids: Sequence[int]) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        rows.setdefault(group, []).append(row)
+    return list(rows.values())
+
+
+def _pairs(rows: Sequence[int], rounds: int | None) -> list[tuple[int, int]]:
+    """Who meets whom: in round d each row the one d places further on in a ring, so that all meet equally many."""
+    count = len(rows)
+    distances = range(1, min(count // 2, rounds or count) + 1)
+    met = {frozenset((place, (place + distance) % count)) for distance in distances for place in range(count)}
+    return [(rows[first], rows[second]) for first, second in sorted(map(sorted, met))]
+
+
+def _share_won(response: str, met: Sequence[Score]) -> Score:
+    if not met:
+        return Score(None, "no other completion of the prompt to compare with")
+    values = [score.value for score in met if score.value is not None]
+    if len(values) < len(met):
+        return next(score for score in met if score.value is None)
+    won = math.fsum(values)
+    return Score(won / len(met), f"won {won:g} of {len(met)} comparisons", response[-200:], None, "group")
 
 
 def _question(task: str, shown: Sequence[tuple[str, str]]) -> str:
@@ -248,15 +309,9 @@ class _Client:
 
     def ask(self, question: str, read: Callable[[str], _V]) -> tuple[_V, str]:
         """What `read` makes of the judge's text, and the text; JudgeFailure when there is none that it can read."""
-        endpoint = self.endpoint
-        body = {
-            "model": endpoint.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": endpoint.temperature,
-            "max_tokens": endpoint.max_tokens,
-        }
+        body = {**self.endpoint.body, "messages": [{"role": "user", "content": question}]}
         payload = json.dumps(body, sort_keys=True).encode()
-        name = hashlib.sha256(endpoint.url.encode() + b"\n" + payload).hexdigest()
+        name = hashlib.sha256(self.endpoint.url.encode() + b"\n" + payload).hexdigest()
         path = Path(self.folder) / name[:2] / f"{name}.json" if self.folder is not None else None
         kept = _read_kept(path)
         if kept is not None:

@@ -172,12 +172,12 @@ def _note_near_misses(entry: RewardEntry, columns: Mapping[str, Any], report: Re
 
 
 def _score(scorer: RewardScorer, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> ScoredBatch:
-    """Score texts, each with its row, all in one call. A token is taken for four characters."""
+    """Score texts, each with its row and a group of its own, all in one call. A token is taken for four characters."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = [str(row.get("prompt", row.get("question", ""))) for row in rows]
     ids = [range(len(text) // 4 + 1) for text in texts]
-    return scorer.score(prompts, texts, ids, columns, [0] * len(texts))
+    return scorer.score(prompts, texts, ids, columns, range(len(texts)))
 
 
 def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
@@ -195,7 +195,8 @@ def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
     given = [value for value in values if value is not None]
     report.low, report.high = min(given, default=None), max(given, default=None)
     if not given:
-        report.problems.append("gives no value for any text (None: does not apply): nothing about it was tried")
+        told = report.notes if scorer.entries[0].wants_groups else report.problems  # it may need more than one text
+        told.append("gives no value for any text (None: does not apply): nothing about it was tried")
     by_name = {trick.name: value for trick, value in zip(tricks, values, strict=True)}
     honest = by_name["right, well formed"]
     for aspect, control in (("answer", "wrong, well formed"), ("format", "right, without tags")):
@@ -212,7 +213,7 @@ def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
     _sum_up(report)
     again = _score(scorer, [trick.text for trick in tricks], [sample.columns] * len(tricks)).by_function[report.name]
     changed = [trick.name for trick, old, new in zip(tricks, values, again, strict=True) if not _same(old, new)]
-    if changed and not scorer.entries[0].wants_groups:
+    if changed:
         report.problems.append(
             f"not deterministic: {len(changed)} texts score otherwise the second time, {changed[0]!r}"
         )
