@@ -13,6 +13,7 @@ in an accelerate rank, and with CUDA or gloo initialised: see `rewards.worker` f
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import math
 import os
@@ -36,6 +37,7 @@ Status = Literal["ok", "timeout", "memory", "error", "broken"]
 
 MEMORY_LIMIT_MB = 4096  # address space, of which a program reserves more than it uses
 _LOAD_LIMIT_S = 120.0
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 # What damaged or forged pickles raise, by the documentation of the module and by trying.
 _UNREADABLE = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError,
@@ -60,11 +62,22 @@ class Outcome:
 
 
 def default_workers() -> int:
-    """The cores that this process may use, shared among the ranks of this host (LOCAL_WORLD_SIZE), at least 1."""
+    """The cores that this process may use, by its affinity and by the quota of its container, shared among the ranks of
+    this host (LOCAL_WORLD_SIZE), at least 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, cores // max(1, ranks))
+    return max(1, int(min(cores, _quota_cores())) // max(1, ranks))
+
+
+def _quota_cores() -> float:
+    """What control groups (version 2, then 1) leave to this container; infinity without a quota. More workers than that
+    would take each other's time, and their jobs run into limits that they would meet."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            quota, period = (float(text) for name in names for text in (_CONTROL_GROUP / name).read_text().split())
+            return math.ceil(quota / period) if quota > 0 else math.inf
+    return math.inf
 
 
 class VerifierPool:

@@ -212,6 +212,7 @@ def test_close_ends_jobs_that_run_or_wait() -> None:
 
 def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr("rewards.pool._CONTROL_GROUP", Path("/nowhere"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert default_workers() == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -223,6 +224,30 @@ def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert default_workers() == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "workers"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "300000 100000\n"}, 3),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_workers_keep_to_the_quota_of_a_container(
+    files: dict[str, str], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("rewards.pool._CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers() == workers
 
 
 LACKS_WHAT_MACOS_LACKS = """
