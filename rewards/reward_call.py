@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
-from rewards.base import Score
+from rewards.base import Score, TrainerState
 from rewards.column_check import missing_columns
 from rewards.pool import Outcome, shared_pool
 from rewards.registry import load_function
@@ -27,13 +27,14 @@ LIMIT_RULES, ERROR_RULE = ("timeout", "memory"), "error"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows to score; every field has one entry per row."""
+    """The rows to score; every field but trainer_state has one entry per row."""
 
     prompts: Sequence[str]
     completions: Sequence[str]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
     group_ids: Sequence[int]
+    trainer_state: TrainerState
 
     def __post_init__(self) -> None:
         rows = len(self.completions)
@@ -76,6 +77,8 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
         # name.
         if key in named or (entry.takes_any and key != "group_ids"):
             arguments[key] = [values[row] for row in rows]
+    if "trainer_state" in named:
+        arguments["trainer_state"] = batch.trainer_state
     if entry.conversational:
         _to_messages(arguments)
     return {**arguments, **params}

@@ -29,7 +29,7 @@ from rewards.pool import MEMORY_LIMIT_MB
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
-RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters")
+RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters", "trainer_state")
 _OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "memory_limit_mb",

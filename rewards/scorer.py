@@ -4,7 +4,8 @@ In: prompts, completions, token ids, dataset columns, group ids (one entry per r
 has TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async, and is
 called with keyword arguments: the columns that it names (all of them if it takes `**columns`), only for the rows that
 it applies to, and the parameters of the recipe, which win over a column of the same name. A function that declares
-`group_ids` gets them and can so see whole groups; one that declares `counters` gets a `rewards.base.Counters`.
+`group_ids` gets them and can so see whole groups; one that declares `counters` gets a `rewards.base.Counters`, one that
+declares `trainer_state` a `rewards.base.TrainerState`.
 
 A wrong number of values, a value that is no finite number, or an exception is a fault of the function, not of the
 policy. `on_error="stop"` raises `RewardError`; `"mask"` makes the reward of the row None and counts it. Nothing is
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rewards.base import Counters, Score
+from rewards.base import Counters, Score, TrainerState
 from rewards.column_check import column_problems, missing_column, named_functions
 from rewards.daemon_threads import DaemonThreads
 from rewards.in_process import InProcess
@@ -127,6 +128,7 @@ class RewardScorer:
         self.entries: tuple[RewardEntry, ...] = parse_entries(reward_funcs, reward_weights, base_folder=folder)
         self.on_error = on_error
         self.task_column = task_column
+        self.trainer_state = TrainerState()  # what a function that names it is told next; the trainer keeps it true
         self._callers = {entry.name: InProcess(entry) for entry in self.entries if not entry.isolate}
         self._counters = {entry.name: Counters() for entry in self.entries if entry.wants_counters}
         self._executor: DaemonThreads | None = None
@@ -148,7 +150,7 @@ class RewardScorer:
 
         Raises RewardError (see the module's text), and ValueError for columns that are missing or of another length.
         """
-        batch = Batch(prompts, completions, completion_ids, columns, group_ids)
+        batch = Batch(prompts, completions, completion_ids, columns, group_ids, self.trainer_state)
         rows_of = {entry.name: self._rows(entry, batch) for entry in self.entries}
         called = [entry for entry in self.entries if rows_of[entry.name]]
         waiting = {entry.name: self._start(entry, batch, rows_of[entry.name]) for entry in called if entry.is_async}

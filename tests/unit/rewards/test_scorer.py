@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rewards.base import Score
+from rewards.base import Score, TrainerState
 from rewards.scorer import RewardError, RewardScorer, ScoredBatch, merge_batches
 
 FUNCTIONS = """
@@ -52,6 +52,8 @@ class Tensor:
 def tensor(completions): return Tensor([0.25] * len(completions))
 def wants_column(completions, missing_column): return [1.0] * len(completions)
 def positional(completions, /): return []
+def progress(completions, trainer_state):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
 class Scalar:  # as a number of numpy or torch
     def __init__(self, *values): self.values = values
     def item(self):
@@ -254,6 +256,17 @@ def test_a_function_can_count(file: str) -> None:
     assert merge_batches(batches).metrics["rewards/again/texts"] == 3.0
     with pytest.raises(ValueError, match="isolate is not possible for a function that counts"):
         RewardScorer([{"func": f"{file}:counts", "isolate": True}])
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_function_can_ask_how_far_the_training_is(file: str, isolate: bool) -> None:
+    scorer = RewardScorer([{"func": f"{file}:progress", "isolate": isolate}])
+    scorer.check_columns([], source="data.train")  # it needs no column of that name
+    assert score(scorer, ["a"]).rewards == [0.0]
+    scorer.trainer_state = TrainerState(global_step=3, max_steps=4)
+    assert score(scorer, ["a", "b"]).rewards == [0.75, 0.75]
+    with pytest.raises(ValueError, match="params: 'trainer_state' is not allowed"):
+        RewardScorer([{"func": f"{file}:progress", "params": {"trainer_state": 1}}])
 
 
 def test_isolated_functions_are_killed_row_by_row(file: str) -> None:
