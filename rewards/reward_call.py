@@ -80,7 +80,7 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
     if "trainer_state" in named:
         arguments["trainer_state"] = batch.trainer_state
     if entry.conversational:
-        _to_messages(arguments)
+        _to_messages(arguments, [batch.columns.get("prompt", batch.prompts)[row] for row in rows])
     return {**arguments, **params}
 
 
@@ -95,10 +95,16 @@ def _keep_apart(entry: RewardEntry, columns: dict[str, Sequence[Any]], params: d
             columns[params[setting]] = taken[column]
 
 
-def _to_messages(arguments: dict[str, Any]) -> None:
-    for key, role in (("prompts", "user"), ("completions", "assistant")):
-        if key in arguments:
-            arguments[key] = [[{"role": role, "content": text}] for text in arguments[key]]
+def _to_messages(arguments: dict[str, Any], questions: Sequence[Any]) -> None:
+    """questions: of the dataset, as text or messages, since TRL's prompts come without a template's words."""
+    if "prompts" in arguments:
+        arguments["prompts"] = [_messages("user", question) for question in questions]
+    if "completions" in arguments:
+        arguments["completions"] = [_messages("assistant", text) for text in arguments["completions"]]
+
+
+def _messages(role: str, content: Any) -> Any:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:

@@ -45,6 +45,8 @@ def allocates(completions): return [float(len(bytearray(600 << 20)) > 0) for _ i
 def messages(prompts, completions):
     whole = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
     return [float(pair == whole) for pair in zip(prompts, completions)]
+def first_role_and_text(prompts, **columns):
+    return [Score(1.0, "{role}: {content}".format(**messages[0])) for messages in prompts]
 def everything(prompts, completions, completion_ids, **kwargs): return [float(len(kwargs))] * len(prompts)
 class Tensor:
     def __init__(self, values): self.values = values
@@ -181,6 +183,14 @@ def test_numbers_of_other_libraries_become_plain_ones(file: str, function: str, 
 def test_a_failure_without_a_message_is_told_from_a_worker_too(file: str) -> None:
     batch = score(RewardScorer([{"func": f"{file}:mute", "isolate": True}], on_error="mask"), ["a"])
     assert batch.scores["mute"][0].reason == "Mute, without a message: OSError"
+
+
+def test_conversational_prompts_are_those_of_the_dataset(file: str) -> None:
+    """TRL's come without the words of a template; `prompt` is the question before it."""
+    scorer = RewardScorer([{"func": f"{file}:first_role_and_text", "conversational": True}])
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    batch = scorer.score(["User: q\nAssistant:"] * 2, ["a", "b"], [[0]] * 2, {"prompt": ["q", system]}, [0, 1])
+    assert [score.reason for score in batch.scores["first_role_and_text"]] == ["user: q", "system: Be brief."]
 
 
 def test_parameters_columns_and_row_arguments(file: str) -> None:
