@@ -166,10 +166,11 @@ class VerifierPool:
             elif job.future.set_running_or_notify_cancel():
                 try:
                     outcome = slot.run(job)
-                except BaseException as bug:  # ours; without this the caller would wait for ever
+                except BaseException as bug:  # ours; without this the caller, or the next one, would wait for ever
                     job.future.set_exception(bug)
-                    raise
-                job.future.set_result(outcome)
+                    slot = _Slot(self._template, self._unloadable)
+                else:
+                    job.future.set_result(outcome)
 
 
 @dataclass(slots=True)
@@ -292,8 +293,11 @@ class _TemplateHandle:
         """Make sure that a worker has ended; `died`: it seems to have done so already, and the signal is returned."""
         with self._lock:
             if self._control is None or self._process is None or self._process.poll() is not None:
-                return None  # the template has gone and took its workers with it
-            return self._request(self._control, {"op": "kill", "pid": pid, "died": died})["signal"]
+                return None
+            try:
+                return self._request(self._control, {"op": "kill", "pid": pid, "died": died})["signal"]
+            except OSError:  # the template has gone and took its workers with it
+                return None
 
     def close(self) -> None:
         with self._lock:

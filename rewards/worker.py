@@ -126,7 +126,10 @@ class Template:
         return {"pid": pid}
 
     def _kill(self, *, pid: int, died: bool, fds: list[int]) -> dict[str, Any]:
-        """Kill a worker with all that it started; the reply holds the signal that had ended it before, or None."""
+        """Kill a worker with all that it started; the reply holds the signal that had ended it before, or None. That of
+        a template before this one died with it."""
+        if pid not in self._children:
+            return {"signal": None}
         ended, status = os.waitpid(pid, os.WNOHANG)
         for _ in range(_EXIT_POLLS if died else 0):  # its sockets close a moment before it can be waited for
             if ended:

@@ -96,6 +96,23 @@ def test_a_template_that_does_not_answer_is_no_timeout_of_the_job(monkeypatch: p
         assert fresh.map("operator:add", [(1, 2)])[0].value == 3
 
 
+def test_a_template_that_is_killed_costs_the_jobs_that_ran_and_nothing_more() -> None:
+    """As by a kernel that is out of memory. The slots go on, and ask no template for workers of the one before."""
+    with VerifierPool(workers=4, time_limit_s=20.0) as fresh:
+        fresh.map("operator:add", [(1, 2)] * 4)
+        for _ in range(5):
+            running = [fresh.submit("time:sleep", (10,)) for _ in range(4)]
+            waiting = [fresh.submit("operator:add", (number, 1)) for number in range(8)]
+            while not all(future.running() for future in running):
+                time.sleep(0.01)
+            time.sleep(0.05)
+            template = fresh._template._process
+            assert template is not None
+            template.kill()
+            assert [future.result(timeout=10).status for future in running] == ["broken"] * 4
+            assert [future.result(timeout=10).value for future in waiting] == list(range(1, 9))
+
+
 def test_replies_hold_plain_data_only(pool: VerifierPool, functions: str) -> None:
     (outcome,) = pool.map(f"{functions}:odd", [()])
     assert outcome.status == "error" and "Odd" in outcome.error
