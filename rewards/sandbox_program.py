@@ -46,7 +46,7 @@ def _namespace(name: str = "__main__") -> dict[str, Any]:
     leaves out."""
     module = type(sys)(name)
     sys.modules["__main__"] = sys.modules[name] = module
-    sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit
+    vars(sys.modules["builtins"]).update(exit=sys.exit, quit=sys.exit)
     return vars(module)
 
 
