@@ -15,7 +15,7 @@ from rewards.code_runner import Limits
 from rewards.code_tests import Case, parse_tests
 from rewards.pool import Outcome, VerifierPool, shared_pool
 from rewards.reward_entry import checked_by
-from rewards.sandbox import SandboxUnavailable
+from rewards.sandbox import SandboxUnavailable, isolation_method
 from rewards.tag_format import answer_block, format_fault
 
 _FENCE = "```"
@@ -32,7 +32,7 @@ def _check(**params: Any) -> None:
             raise ValueError(f"{key}: {params[key]!r} is not allowed; more than 0")
 
 
-@checked_by(_check)
+@checked_by(_check, machine=isolation_method)
 def code_reward(
     prompts: Sequence[Any],
     completions: Sequence[Completion],

@@ -44,12 +44,17 @@ SMALLEST_MEMORY_MB = 256
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def checked_by(check: Callable[..., None]) -> Callable[[_Function], _Function]:
+def checked_by(
+    check: Callable[..., None], *, machine: Callable[[], object] | None = None
+) -> Callable[[_Function], _Function]:
     """Decorator for a reward function: `check(**params)` is called with the recipe's parameters when the recipe is
-    read, and raises ValueError for values that are not allowed."""
+    read, and raises ValueError for values that are not allowed. machine: called before a run starts to pay; raises
+    RuntimeError where the function cannot run on this machine."""
 
     def mark(function: _Function) -> _Function:
-        setattr(function, "check_params", check)  # noqa: B010 - functions have no such attribute for type checkers
+        # functions have no such attributes for type checkers
+        setattr(function, "check_params", check)  # noqa: B010
+        setattr(function, "check_machine", machine)  # noqa: B010
         return function
 
     return mark

@@ -205,6 +205,16 @@ class RewardScorer:
         if problems:
             raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
 
+    def check_machine(self) -> None:
+        """Whether the functions can run here; call it before a run starts to pay. ValueError says what is missing."""
+        for entry in self.entries:
+            check = getattr(entry.function, "check_machine", None)
+            try:
+                if check is not None:
+                    check()
+            except RuntimeError as error:
+                raise ValueError(f"reward function {entry.name!r}: {error}") from error
+
     def _rows(self, entry: RewardEntry, batch: Batch) -> list[int]:
         """The rows that the function applies to."""
         rows = list(range(len(batch.completions)))

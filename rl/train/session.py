@@ -94,13 +94,14 @@ def open_session(recipe: Recipe, *, stage: Stage, resume: bool, start_from: Path
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
-    """The recipe's reward functions. ValueError for unknown names, parameters or weights, and for an eval.metric that
-    is none of them."""
+    """The recipe's reward functions. ValueError for unknown names, parameters or weights, for an eval.metric that is
+    none of them, and for a function that cannot run on this machine."""
     rewards = recipe.rewards
     scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
     )
     rightness_function(scorer.entries, recipe.eval.metric)
+    scorer.check_machine()
     return scorer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rewards.sandbox import isolation_method
 from rl.config import Recipe, load_recipe
 from rl.data import ProblemSet, load_tokenizer
 from rl.train import session, sft
@@ -42,6 +43,20 @@ def test_the_metric_must_be_one_of_the_reward_functions() -> None:
     session.make_scorer(load_recipe(RECIPE, ["--eval.metric=format"])).close()
     with pytest.raises(ValueError, match=r"eval\.metric = 'acuracy': not among .*allowed: format, accuracy"):
         session.make_scorer(load_recipe(RECIPE, ["--eval.metric=acuracy"]))
+
+
+def test_programs_are_refused_before_the_run_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With on_error: mask, the run would otherwise go on and mask every row."""
+    monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
+    monkeypatch.setattr("rewards.sandbox.isolation_problem", lambda method: "refused by the kernel")
+    isolation_method.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"reward function 'code': .*apt-get install bubblewrap"):
+            session.make_scorer(
+                load_recipe(RECIPE, ["--rewards.reward_funcs=[format, code]", "--rewards.on_error=mask"])
+            )
+    finally:
+        isolation_method.cache_clear()
 
 
 def load(*overrides: str) -> tuple[ProblemSet, ProblemSet | None]:
