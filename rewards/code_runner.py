@@ -35,20 +35,22 @@ class Limits:
 def run_program(program: str, cases: Sequence[Case], limits: Limits, stop_at_failure: bool = False) -> dict[str, Any]:
     """How many cases passed, of how many; the first failure in words; whether time ran out.
 
-    Raises SandboxUnavailable when this machine isolates nothing.
+    Raises SandboxUnavailable when this machine isolates nothing, and ValueError for a test that calls no program.
     """
     run = _ProgramRun(program, limits)
     passed, first_failure, timed_out = 0, "", False
-    for index, case in enumerate(cases):
-        failure = run.check(case)
-        if failure == "":
-            passed += 1
-            continue
-        timed_out = timed_out or failure.startswith("timeout")
-        first_failure = first_failure or (failure if run.broken else f"case {index}: {failure}")
-        if stop_at_failure or run.broken or failure is _OUT_OF_TIME:
-            break
-    run.end()
+    try:
+        for index, case in enumerate(cases):
+            failure = run.check(case)
+            if failure == "":
+                passed += 1
+                continue
+            timed_out = timed_out or failure.startswith("timeout")
+            first_failure = first_failure or (failure if run.broken else f"case {index}: {failure}")
+            if stop_at_failure or run.broken or failure is _OUT_OF_TIME:
+                break
+    finally:
+        run.end()
     return {"passed": passed, "total": len(cases), "failure": first_failure, "timed_out": timed_out}
 
 
@@ -124,14 +126,19 @@ class _ProgramRun:
         return "" if same else f"wrong value: returned {shown(value)}"
 
     def _check_test(self, case: ScriptCase) -> str:
-        """Carry calls from the test to the program and data back, until the test says how it went."""
+        """Carry calls from the test to the program and data back, until the test says how it went. ValueError for a
+        test that would pass with every program, since it calls none."""
         test = _warm_sandbox("test", self._limits.sandbox)
         result = test.open_test(case.code, list(case.names), limit_s=self._left(), total_s=self._limits.program_s)
+        called = False
         try:
             while result.status == "ok":
                 message = json.loads(result.stdout)
                 if "passed" in message:
+                    if message["passed"] is True and not called:
+                        raise ValueError(f"tests: {case.code.strip()[:80]!r} never calls {' or '.join(case.names)}")
                     return "" if message["passed"] is True else str(message["error"])
+                called = True
                 if self._left() <= 0:
                     return _OUT_OF_TIME
                 reply, failure = self._call(message)

@@ -200,6 +200,14 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
 
 
 @needs_isolation
+@pytest.mark.parametrize("test", ["def test_add():\n    assert add(1, 2) == 3", "import math"])
+def test_a_test_that_calls_nothing_is_an_error_of_the_row(pool: VerifierPool, test: str) -> None:
+    """It would pass with every program."""
+    score = grade(pool, "def add(a, b): return 0", {"entry_point": "add", "tests": [test]})
+    assert score.value is None and score.rule == "error" and "never calls add" in score.reason
+
+
+@needs_isolation
 def test_all_or_nothing_and_time_limits(pool: VerifierPool) -> None:
     wrong_once = "n = int(input())\nprint(n * n if n > 0 else 7)"
     assert grade(pool, wrong_once, SQUARES).value == pytest.approx(2 / 3)
