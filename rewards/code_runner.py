@@ -25,7 +25,7 @@ _sandboxes: dict[tuple[str, SandboxLimits], Sandbox] = {}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """case_s: one case. program_s: all cases of a program together. Seconds of wall time."""
+    """Seconds of wall time. case_s: one case, or one call of a test's code. program_s: all cases of a program."""
 
     case_s: float = 2.0
     program_s: float = 10.0

@@ -16,6 +16,7 @@ from rewards.code import code_format_reward, code_reward, extract_program, fence
 from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
 from rewards.pool import VerifierPool
 from rewards.sandbox import SandboxUnavailable, isolation_method
+from rewards.scorer import RewardScorer
 
 # One after the other: a fork bomb of one test uses up the processes that another may have.
 pytestmark = pytest.mark.xdist_group("sandbox")
@@ -215,6 +216,16 @@ def test_all_or_nothing_and_time_limits(pool: VerifierPool) -> None:
     started = time.monotonic()
     slow = grade(pool, "import time\ntime.sleep(60)", SQUARES * 10, time_limit_s=0.2, program_limit_s=0.5)
     assert slow.value == 0.0 and slow.rule == "timeout" and time.monotonic() - started < 5
+
+
+@needs_isolation
+def test_the_memory_of_a_program_is_a_setting(pool: VerifierPool) -> None:
+    program, tests = "print(len(bytearray(600 << 20)))", [{"input": "", "output": str(600 << 20)}]
+    assert grade(pool, program, tests, memory_limit_mb=1024).value == 1.0
+    assert "MemoryError" in grade(pool, program, tests).reason
+    for allowed in (32, 10**5):
+        with pytest.raises(ValueError, match=r"memory_limit_mb: .* is not allowed; 64 to 2048"):
+            RewardScorer([{"func": "code", "params": {"memory_limit_mb": allowed}}])
 
 
 @needs_isolation
