@@ -39,11 +39,7 @@ from rewards.reward_entry import checked_by
 _RETRIED_CODES = (408, 409, 425, 429, 500, 502, 503, 504)
 _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _MAX_TEXT_CHARS = 60_000
-_KINDS: dict[Any, str] = {int: "a whole number", int | float: "a number"}
-_LOWEST: tuple[tuple[str, float, Any], ...] = (
-    ("timeout_s", 0.001, int | float), ("max_score", 0.001, int | float), ("retries", 0, int), ("concurrency", 1, int),
-    ("rounds", 1, int),
-)  # fmt: skip
+_WHOLE = {"retries": 0, "concurrency": 1, "rounds": 1}  # the lowest that is allowed
 _VERDICT = re.compile(r'\{[^{}]{0,2000}"(?:score|winner)"[^{}]{0,2000}\}')
 _RUBRIC_TASK = (
     "Judge the response to the request by this rubric:\n{rubric}\n"
@@ -96,10 +92,11 @@ def _check(**params: Any) -> None:
         raise ValueError(f"api_key_env: the environment has no variable {name!r}")
     if not isinstance(params.get("request", {}), Mapping):
         raise ValueError(f"request: {params['request']!r} is not allowed; a mapping")
-    for key, lowest, kinds in _LOWEST:
+    for key, lowest in (("timeout_s", 0.001), ("max_score", 0.001), *_WHOLE.items()):
         value = params.get(key, lowest)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not value >= lowest:
-            raise ValueError(f"{key}: {value!r} is not allowed; {_KINDS[kinds]} of at least {lowest:g}")
+        if (key in _WHOLE and not isinstance(value, int)) or not value >= lowest:
+            kind = "a whole number of " if key in _WHOLE else ""
+            raise ValueError(f"{key}: {value!r} is not allowed; {kind}at least {lowest}")
 
 
 _threads: dict[tuple[str, int], DaemonThreads] = {}

@@ -255,8 +255,11 @@ def _check_arguments(entry: RewardEntry) -> None:
                 )
     if entry.builtin:
         for key, value in entry.params.items():
-            if isinstance(entry.named_arguments[key].default, bool):
+            default = entry.named_arguments[key].default
+            if isinstance(default, bool):
                 _truth(value, f"{entry.name}: params: {key}")
+            elif isinstance(default, int | float):
+                _number(value, f"{entry.name}: params: {key}")
         for key in entry.columns:
             if key not in (*entry.column_arguments, *entry.params):
                 raise ValueError(f"{entry.name}: columns: {key!r} is a setting, no column; it goes into params")

@@ -320,7 +320,7 @@ def test_in_the_scorer_with_key_and_metrics(judge: Judge, monkeypatch: pytest.Mo
         ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
         ({"base_url": "http://x/v1", "model": "m", "concurrency": 0}, "concurrency: 0"),
         ({"base_url": "http://x/v1", "model": "m", "retries": 1.5}, "retries: 1.5 is not allowed; a whole number"),
-        ({"base_url": "http://x/v1", "model": "m", "timeout_s": "1"}, "timeout_s: '1' is not allowed; a number of"),
+        ({"base_url": "http://x/v1", "model": "m", "timeout_s": "1"}, "timeout_s: '1' is not allowed; a finite number"),
         ({"base_url": "http://x/v1", "model": "m", "rounds": 2}, "rounds: has no effect with mode rubric"),
         ({"base_url": "http://x/v1", "model": "m", "mode": "group", "rounds": 0}, "rounds: 0 is not allowed"),
         ({"base_url": "http://x/v1", "model": "m", "mode": "group", "max_score": 5}, "max_score: has no effect"),

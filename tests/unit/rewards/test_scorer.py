@@ -375,6 +375,12 @@ def test_groups_scored_one_by_one_merge_to_the_same(file: str) -> None:
         ([{"func": "format", "isolate": 0}], None, "isolate: 0 is not allowed; true or false"),
         ([{"func": "format", "isolate": None}], None, "isolate: None is not allowed"),
         ([{"func": "accuracy", "params": {"tagged": "off"}}], None, "params: tagged: 'off' is not allowed"),
+        (
+            [{"func": "code", "params": {"time_limit_s": "2"}}],
+            None,
+            "params: time_limit_s: '2' is not .* finite number",
+        ),
+        ([{"func": "majority", "params": {"min_share": None}}], None, "params: min_share: None is not allowed"),
         ([{"func": "accuracy", "columns": {"gold_column": "gold"}}], None, "'gold_column' is a setting"),
         ([{"func": "accuracy", "params": {"completions": ["x"]}}], None, "'completions' is not allowed"),
         ([{"func": "code", "columns": {"tests": "cases"}, "params": {"tests": []}}], None, "both in params and"),
