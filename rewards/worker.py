@@ -186,11 +186,11 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> bytes:
 
 def _limit_cpu(limit_s: float) -> None:
     """The owner enforces the limit by the clock; this second lock holds when the owner itself is stopped or swapped
-    out."""
+    out. A job with threads may use all processors for that time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used = usage.ru_utime + usage.ru_stime
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit_s) + _CPU_GRACE_S, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit_s * (os.cpu_count() or 1)) + _CPU_GRACE_S, hard))
 
 
 def main() -> None:

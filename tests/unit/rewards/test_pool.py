@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def test_memory_errors_and_deaths_are_told_apart(pool: VerifierPool, functions: 
     assert "SIGABRT" in pool.map("os:abort", [()])[0].error
     assert pool.map("os:_exit", [(0,)])[0].status == pool.map("os:abort", [()])[0].status == "broken"
     assert pool.map(f"{functions}:deaf", [()], time_limit_s=0.3)[0].status == "timeout"
+
+
+def test_the_processor_time_of_a_job_is_that_of_all_its_threads(pool: VerifierPool) -> None:
+    (outcome,) = pool.map("resource:getrlimit", [(resource.RLIMIT_CPU,)], time_limit_s=50.0)
+    assert 50 * (os.cpu_count() or 1) < outcome.value[0] < 50 * (os.cpu_count() or 1) + 20
 
 
 def test_a_job_does_not_pay_for_the_memory_of_earlier_ones(functions: str) -> None:
