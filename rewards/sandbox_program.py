@@ -80,7 +80,8 @@ def _answer_call(namespace: dict[str, Any], request: dict[str, Any]) -> dict[str
         value = function(*arguments, **keywords)
         return {"value": encode(value), "args": [_encode_if_plain(item) for item in arguments]}
     except Exception as error:
-        return {"raised": type(error).__name__, "message": str(error)[:500]}
+        builtin = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+        return {"raised": builtin, "message": str(error)[:500]}
 
 
 def _encode_if_plain(argument: Any) -> Any:
@@ -124,7 +125,7 @@ def _stand_in(name: str, channel: LineChannel) -> Any:
         channel.send({"call": name, "args": [encode(item) for item in args], "kwargs": coded})
         reply = channel.receive()
         if "raised" in reply:
-            raise _builtin_exception(str(reply["raised"]))(str(reply.get("message", "")))
+            raise _builtin_exception(str(reply["raised"]), str(reply.get("message", "")))
         for ours, theirs in zip(args, reply.get("args", ()), strict=True):
             _copy_changes(ours, decode(theirs))
         return decode(reply["value"])
@@ -132,9 +133,12 @@ def _stand_in(name: str, channel: LineChannel) -> Any:
     return call
 
 
-def _builtin_exception(name: str) -> type[Exception]:
+def _builtin_exception(name: str, message: str) -> Exception:
     found = vars(sys.modules["builtins"]).get(name)
-    return found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
+    try:
+        return found(message) if isinstance(found, type) and issubclass(found, Exception) else RuntimeError(message)
+    except TypeError:  # UnicodeError's kinds, which want more arguments
+        return ValueError(message)
 
 
 def _copy_changes(ours: Any, theirs: Any) -> None:

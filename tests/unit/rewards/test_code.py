@@ -189,11 +189,15 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
             "assert list(pairs({'a': 1})) == [('a', 1)]\nassert math.isnan(fail(math.nan))",
             "assert fail(2**70) == 2**70",
             "def check(candidate):\n    assert candidate([2, 1]) is None\n",
+            "try:\n    fail('own')\nexcept LookupError as e:\n    assert 'mine' in str(e)\nelse:\n    assert False",
+            "try:\n    fail('unicode')\nexcept ValueError as e:\n    pass\nelse:\n    assert False",
         ],
     }
     program = (
         "def sort(x): x.sort()\n"
-        "def fail(x):\n    if x < 0: raise ValueError('negative')\n    return x\n"
+        "class Mine(LookupError): pass\n"
+        "def fail(x):\n    if x == 'own': raise Mine('mine')\n    if x == 'unicode': b'\\xff'.decode()\n"
+        "    if x < 0: raise ValueError('negative')\n    return x\n"
         "def pairs(d): return iter(d.items())\n"
     )
     score = grade(pool, program, tests)
