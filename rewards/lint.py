@@ -281,6 +281,7 @@ def _check_golds(
         report.notes.append(
             "the dataset's own answers are not checked: " + ("none found" if not known else "not scored")
         )
+        _try_rows(scorer, entry, numbered, report)
         return
     texts = [f"<think>We work it out step by step.</think>\n<answer>{gold}</answer>" for _, _, gold in known]
     batch = _score(scorer, texts, [row for _, row, _ in known])
@@ -296,6 +297,27 @@ def _check_golds(
     if bad:
         report.problems.append(f"{len(bad)} of {len(known)} rows do not give full marks to their own answer")
         report.problems += [f"  {text}" for text in bad[:_SHOWN_ROWS]]
+
+
+def _try_rows(
+    scorer: RewardScorer, entry: RewardEntry, numbered: Sequence[tuple[int, Mapping[str, Any]]], report: Report
+) -> None:
+    """Rows that the function fails on whatever is answered, as code does on tests that it cannot read. An async
+    function is not asked, as its calls may cost something."""
+    if entry.is_async:
+        return
+    text = "<think>We work it out step by step.</think>\n<answer>0</answer>"
+    batch = _score(scorer, [text] * len(numbered), [row for _, row in numbered])
+    bad = [
+        f"row {number}: {score.reason}"
+        for (number, _), score, status in zip(
+            numbered, batch.scores[entry.name], batch.statuses[entry.name], strict=True
+        )
+        if status == "error"
+    ]
+    if bad:
+        report.problems.append(f"fails on {len(bad)} of {len(numbered)} rows")
+        report.problems += [f"  {told}" for told in bad[:_SHOWN_ROWS]]
 
 
 def _why(score: Score) -> str:
