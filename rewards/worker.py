@@ -30,6 +30,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rewards.registry import load_function
@@ -150,6 +151,8 @@ def _work(data: socket.socket, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS has neither: there, end-of-file ends a worker, and only its time is limited
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # some sandboxes of containers have no such file
+            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, we go first, not the trainer
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     functions: dict[str, Callable[..., Any]] = {}
     try:

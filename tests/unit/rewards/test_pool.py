@@ -81,6 +81,12 @@ def test_memory_errors_and_deaths_are_told_apart(pool: VerifierPool, functions: 
     assert pool.map(f"{functions}:deaf", [()], time_limit_s=0.3)[0].status == "timeout"
 
 
+def test_workers_are_the_first_to_go_when_memory_runs_out(pool: VerifierPool) -> None:
+    """And with them what they start; the trainer, the largest process, would be the kernel's own choice."""
+    (outcome,) = pool.map("subprocess:getoutput", [("cat /proc/self/oom_score_adj",)])
+    assert outcome.value == "1000" != Path("/proc/self/oom_score_adj").read_text().strip()
+
+
 def test_the_processor_time_of_a_job_is_that_of_all_its_threads(pool: VerifierPool) -> None:
     (outcome,) = pool.map("resource:getrlimit", [(resource.RLIMIT_CPU,)], time_limit_s=50.0)
     assert 50 * (os.cpu_count() or 1) < outcome.value[0] < 50 * (os.cpu_count() or 1) + 20
