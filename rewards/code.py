@@ -7,6 +7,7 @@ sandbox (`rewards.sandbox`); on a machine where nothing isolates, RuntimeError s
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -152,7 +153,8 @@ def extract_program(text: str, *, tagged: bool) -> tuple[str | None, str]:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language in lower case, body) of every closed block between lines that start with three backticks."""
+    """(language in lower case, body) of every closed block between lines that start with three backticks. A body that
+    stands indented as a whole, as in a list, loses that."""
     blocks: list[tuple[str, str]] = []
     language: str | None = None
     body: list[str] = []
@@ -161,7 +163,8 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
         if language is None and mark.startswith(_FENCE) and _FENCE not in mark[3:]:
             language, body = mark[3:].strip().lower(), []
         elif language is not None and mark == _FENCE:
-            blocks.append((language, "".join(body)))
+            inner = "".join(body)
+            blocks.append((language, textwrap.dedent(inner) if inner.lstrip("\n").startswith(" ") else inner))
             language = None
         elif language is not None:
             body.append(line)

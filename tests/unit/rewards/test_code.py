@@ -337,6 +337,7 @@ def test_rows_without_tests_or_program(pool: VerifierPool) -> None:
         ("<answer>text\n```py\nx\n```\n```text\ny\n```</answer>", True, "x\n"),
         ("```py\nx\n```\ntext\n```\ny\n```", False, "y\n"),
         ("<answer>print(1)</answer>", True, "print(1)"),
+        ("<answer>\n  ```py\n  if x:\n    y\n\n  z\n  ```\n</answer>", True, "if x:\n  y\n\nz\n"),
         ("<answer>```cpp\nx\n```</answer>", True, None),
         ("<think>```python\nx\n```</think>no", True, None),
         ("<answer>1</answer><answer>2</answer>", True, None),
