@@ -31,6 +31,7 @@ from rewards.sandbox_values import LineChannel
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
+OWNER = 0  # the descriptor of its requests
 POLL_MS = 50
 STDERR_BYTES = 4096
 MAX_TEMPORARY_FILES = 20_000  # an empty one takes a kilobyte of the kernel's memory, which no other limit counts
@@ -191,6 +192,7 @@ class _Child:
     def _exchange(self, *, close_input: bool) -> None:
         """Wait a moment, move what can be moved, and set the status once it is decided."""
         poller = select.poll()
+        poller.register(OWNER, 0)  # tells of nothing but its end
         for fd in (*self._readable, self._exited):
             poller.register(fd, select.POLLIN)
         if self._in >= 0 and self._pending:
@@ -203,6 +205,8 @@ class _Child:
             self._status = "timeout"
             return
         ready = {fd for fd, _ in poller.poll(min(POLL_MS, math.ceil(left_ms)))}
+        if OWNER in ready:
+            os._exit(1)  # and with process 1, the kernel ends all others
         if self._in in ready:
             self._feed()
         self._drain()
@@ -320,7 +324,9 @@ def _drop_rights(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(*[settings["uid"]] * 3)
         os.setresuid(*[settings["uid"]] * 3)
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user id resets it
+    # A change of user id resets it. Under root's bubblewrap it does not come: the parent has no right to signal another
+    # user's process. So the end of the requests counts as well, also while a program runs.
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _LIBC.prctl(PR_SET_DUMPABLE, 0)
     unlimited = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (unlimited, unlimited))  # ours adds up over many programs
@@ -345,7 +351,7 @@ def main() -> None:
     if os.getpid() != 1:
         sys.exit("this program kills all other processes it can reach: it must be process 1 of its own namespace")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python handles, and so lets through to process 1
-    channel = LineChannel(0, 1)
+    channel = LineChannel(OWNER, 1)
     settings = channel.receive()
     _drop_rights(settings)
     gc.disable()  # a collection in a forked child would copy every page that it marks

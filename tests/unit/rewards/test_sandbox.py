@@ -181,21 +181,39 @@ def test_starts_within_a_fifth_of_a_second(method: Method) -> None:
 
 
 @needs_isolation
-def test_dies_with_whoever_started_it() -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("busy", [False, True])
+def test_dies_with_whoever_started_it(method: Method, busy: bool) -> None:
+    """At once, also while a program runs that has an hour left and children of its own."""
+    program = "import os, time; os.fork() or os.setsid(); time.sleep(3600)"
     script = (
-        "import sys, time; from rewards.sandbox import Sandbox; s = Sandbox(); s.load('pass'); "
-        "print(s._process.pid, flush=True); time.sleep(60)"
+        "import sys, time; from rewards.sandbox import Sandbox\n"
+        f"s = Sandbox(method={method!r}); s.load({program!r}); print(s._process.pid, flush=True)\n"
+        f"s.run('', limit_s=3600) if {busy} else time.sleep(3600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     launched = int(owner.stdout.readline())
+    wanted = 4 if busy else 2  # the launcher, process 1, and the two of the program
+    deadline = time.monotonic() + 10
+    while len(started := [launched, *_descendants(launched)]) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(started) == wanted
     owner.kill()
     owner.wait()
     owner.stdout.close()
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and _runs(launched):
+    while time.monotonic() < deadline and any(map(_runs, started)):
         time.sleep(0.02)
-    assert not _runs(launched)
+    assert not any(map(_runs, started))
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [found for child in children for found in (child, *_descendants(child))]
 
 
 @needs_isolation
