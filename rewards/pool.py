@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -197,6 +198,8 @@ class _Slot:
         started = time.monotonic()
         if job.function in self._unloadable:
             return Outcome(None, "broken", 0.0, self._unloadable[job.function])
+        if self._sock is not None and _readable(self._sock):  # an idle worker has nothing to say, so it has ended
+            self._replace(died=True)
         try:
             if self._sock is None:
                 self._sock, self._pid = self._template.spawn()
@@ -255,6 +258,12 @@ class _Slot:
         self._sock.close()
         self._sock = None
         return self._template.kill(self._pid, died=died)
+
+
+def _readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 class _TemplateHandle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_a_template_that_is_killed_costs_the_jobs_that_ran_and_nothing_more() ->
             template.kill()
             assert [future.result(timeout=10).status for future in running] == ["broken"] * 4
             assert [future.result(timeout=10).value for future in waiting] == list(range(1, 9))
+
+
+def test_an_idle_worker_that_is_killed_costs_nothing() -> None:
+    with VerifierPool(workers=2) as fresh:
+        workers = {outcome.value for outcome in fresh.map("os:getpid", [()] * 8)}
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        while any(map(_alive, workers)):
+            time.sleep(0.01)
+        outcomes = fresh.map("operator:add", [(number, 1) for number in range(8)])
+        assert [outcome.value for outcome in outcomes] == list(range(1, 9)), outcomes
 
 
 def test_replies_hold_plain_data_only(pool: VerifierPool, functions: str) -> None:
