@@ -110,7 +110,10 @@ class Sandbox:
         return self._process is not None
 
     def load(self, source: str, *, limit_s: float = 5.0) -> RunResult:
-        """Compile a program, to be run or called next. status error tells of a syntax error."""
+        """Compile a program, to be run or called next. status error tells of a syntax error. A sandbox that was ended
+        while it was idle (memory ran out) is started anew."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         return self._request({"op": "load", "source": source}, limit_s)
 
     def run(self, stdin: str, *, limit_s: float = 5.0) -> RunResult:

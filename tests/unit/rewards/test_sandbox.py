@@ -208,6 +208,18 @@ def test_dies_with_whoever_started_it(method: Method, busy: bool) -> None:
     assert not any(map(_runs, started))
 
 
+@needs_isolation
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sandbox_that_was_killed_while_idle_costs_no_program(method: Method) -> None:
+    with Sandbox(method=method) as sandbox:
+        sandbox.load("print(1)")
+        assert sandbox._process is not None
+        for pid in _descendants(sandbox._process.pid):
+            os.kill(pid, 9)
+        sandbox._process.wait()
+        assert sandbox.load("print(2)").status == "ok" and sandbox.run("").stdout == "2\n"
+
+
 def _descendants(pid: int) -> list[int]:
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
