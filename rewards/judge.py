@@ -24,6 +24,7 @@ import os
 import random
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -376,13 +377,24 @@ def _start_of_body(error: urllib.error.HTTPError) -> str:
         return ""
 
 
+def _read_until(deadline: float, response: http.client.HTTPResponse) -> bytes:
+    """The body. The socket's own timeout is for each piece, and some proxies send blanks while they wait."""
+    body = bytearray()
+    while piece := response.read1(1 << 16):
+        body += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer was not complete in time (timeout_s)")
+    return bytes(body)
+
+
 def _ask(endpoint: _Endpoint, payload: bytes) -> tuple[str, dict[str, Any]]:
     headers = {"Content-Type": "application/json"}
     if endpoint.key is not None:
         headers["Authorization"] = f"Bearer {endpoint.key}"
     request = urllib.request.Request(endpoint.url, data=payload, headers=headers)
+    deadline = time.monotonic() + endpoint.timeout_s
     with urllib.request.urlopen(request, timeout=endpoint.timeout_s) as response:
-        reply = json.load(response)
+        reply = json.loads(_read_until(deadline, response))
     try:
         content = reply["choices"][0]["message"]["content"]
         usage = reply.get("usage") or {}

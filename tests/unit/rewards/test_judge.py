@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,9 +43,12 @@ class Judge:
                 self.send_response(code)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                if "Content-Length" not in headers:
+                if not {"Content-Length", "Blanks"} & headers.keys():
                     self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
+                for _ in range(int(headers.get("Blanks", 0))):
+                    self.wfile.write(b" ")
+                    threading.Event().wait(0.02)
                 self.wfile.write(text.encode())
                 threading.Event().wait(0.5 if "Content-Length" in headers else 0.0)  # promised more than comes
 
@@ -211,6 +215,13 @@ def test_malformed_replies(judge: Judge, body: str) -> None:
     judge.answer = lambda question, number: (200, {}, body)
     (score,) = ask(judge, ["r"], retries=1)
     assert score.value is None and score.rule == "error" and len(judge.questions) == 2
+
+
+def test_the_time_of_a_request_is_for_all_of_it(judge: Judge) -> None:
+    judge.answer = lambda question, number: (200, {"Blanks": "100" if number == 1 else "3"}, says('{"score": 7}')[2])
+    started = time.monotonic()
+    assert ask(judge, ["r"], timeout_s=0.5)[0].value == 0.7
+    assert judge.counters.take()["retries"] == 1 and time.monotonic() - started < 1.8
 
 
 def test_nobody_answers(judge: Judge) -> None:
