@@ -58,6 +58,9 @@ ADD_LOOP = {
 }
 
 
+ADD_MAP = {"entry_point": "add", "tests": ["for a, b in zip(map(add, [1, 2], [3, 4]), [4, 6]):\n    assert a == b"]}
+
+
 @needs_isolation
 @pytest.mark.parametrize(
     ("program", "tests", "value", "says"),
@@ -119,7 +122,9 @@ CHEATS = {name: body for name, _, body in (part.partition("\n") for part in CHEA
 
 
 @needs_isolation
-@pytest.mark.parametrize("tests", [ADD_CASES, ADD_TESTS, ADD_LOOP], ids=["calls", "asserts", "test code"])
+@pytest.mark.parametrize(
+    "tests", [ADD_CASES, ADD_TESTS, ADD_LOOP, ADD_MAP], ids=["calls", "asserts", "test code", "map"]
+)
 def test_no_cheat_is_paid(pool: VerifierPool, tests: Any) -> None:
     programs = [tagged(program) for program in CHEATS.values()]
     scores = code_reward([""] * len(programs), programs, tests=[tests] * len(programs), pool=pool, time_limit_s=0.5)
