@@ -170,4 +170,6 @@ def _finish_like_an_interpreter() -> None:
         sys.modules["threading"]._shutdown()
     if "atexit" in sys.modules:
         sys.modules["atexit"]._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.__stdout__):  # the program may have put another in the place of the first
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
