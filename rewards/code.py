@@ -56,9 +56,9 @@ def code_reward(
     tests: one entry per row; None where the row has no code task (None comes back). tagged: take the program from the
     answer block only; False: from the text after thinking. time_limit_s: per case, or per call where test code makes
     several; program_limit_s: all cases of a program. memory_limit_mb: address space of one process; all of a program
-    together may hold twice that. Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is
-    that of open-r1's code_reward.
+    together may hold twice that. A program finds Python's standard library and no other.
 
+    Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's code_reward.
     Tests that cannot be read are an error of that row, and so is a run that the machine killed twice. Raises
     RuntimeError where nothing isolates.
 
