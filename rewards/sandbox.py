@@ -58,11 +58,11 @@ class SandboxUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class SandboxLimits:
-    """memory_bytes: address space of one process; all together may hold twice that. processes: at one time.
-    file_bytes: largest file. temporary_bytes: size of /tmp. output_bytes: printed by one case."""
+    """memory_bytes: address space of one process; all together may hold twice that. processes: with their threads, at
+    one time. file_bytes: largest file. temporary_bytes: size of /tmp. output_bytes: printed by one case."""
 
     memory_bytes: int = 512 << 20
-    processes: int = 32
+    processes: int = 48  # Python's own thread pools have up to 32 threads
     file_bytes: int = 16 << 20
     temporary_bytes: int = 32 << 20
     output_bytes: int = 4 << 20
@@ -253,7 +253,8 @@ def _layout(temporary_bytes: int) -> Layout:
         links=links,
         temporary_bytes=temporary_bytes,
         command=(python, "-I", "-S", "-B", "-X", "utf8", "/harness"),
-        environment={"HOME": "/tmp", "LANG": "C.UTF-8"},
+        # with an arena of the allocator for every thread, a dozen of them reserve all the address space that is allowed
+        environment={"HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},
     )
 
 

@@ -46,6 +46,7 @@ def _namespace(name: str = "__main__") -> dict[str, Any]:
     leaves out."""
     module = type(sys)(name)
     sys.modules["__main__"] = sys.modules[name] = module
+    module.__file__ = "/tmp/program.py"
     vars(sys.modules["builtins"]).update(exit=sys.exit, quit=sys.exit)
     return vars(module)
 

@@ -101,6 +101,12 @@ LONG = list(range(100_000, 120_000))
     [
         ("print(4)\nexit()", [{"input": "", "output": "4"}]),
         ("print(4)\nquit(0)\nprint(5)", [{"input": "", "output": "4"}]),
+        (
+            "from concurrent.futures import ThreadPoolExecutor\nimport time\n"
+            "def wait(n):\n    time.sleep(0.1)\n    return n\n"
+            "with ThreadPoolExecutor(32) as threads: print(sum(threads.map(wait, range(64))))",
+            [{"input": "", "output": "2016"}],
+        ),
         ("import sys\nprint(4)\nsys.stdout.close()", [{"input": "", "output": "4"}]),
         ("import io, sys\nprint(4)\nsys.stdout = io.StringIO()\nprint(5)", [{"input": "", "output": "4"}]),
         (
@@ -112,7 +118,7 @@ LONG = list(range(100_000, 120_000))
          {"entry_point": "f", "cases": [{"args": [[1]], "output": 3}]}),
         ("def f(x): return x", {"entry_point": "f", "cases": [{"args": [LONG], "output": LONG}] * 20}),
     ],
-    ids=["exit", "quit", "closed output", "other output", "dataclass", "object in an argument", "many long values"],
+    ids=["exit", "quit", "threads", "closed output", "other output", "dataclass", "changed argument", "long values"],
 )  # fmt: skip
 def test_honest_programs_are_paid_in_full(pool: VerifierPool, program: str, tests: Any) -> None:
     score = grade(pool, program, tests, time_limit_s=5.0, program_limit_s=20.0)
