@@ -1,4 +1,5 @@
-"""`Score`: what one reward function thinks of one completion, and why; `Counters`: what it counts while it does so.
+"""`Score`: what one reward function thinks of one completion, and why; `Counters`: what it counts while it does so;
+`TrainerState`: how far the training is.
 
 A reward function may return plain floats (TRL's signature); the built-in ones return `Score`, so that every decision
 can be read later: what was extracted, what it was compared with, and which rule decided.
@@ -35,6 +36,15 @@ class Score:
     def explanation(self) -> dict[str, str | None]:
         """What is logged beside the value: the fields `extracted`, `gold`, `rule` and `reason`."""
         return {"extracted": self.extracted, "gold": self.gold, "rule": self.rule, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """How far the training is, for a function with an argument `trainer_state`; the names are those of TRL's, which has
+    more. global_step: GRPO steps that are done, 0 in the first one. max_steps: all steps of the run."""
+
+    global_step: int = 0
+    max_steps: int = 1
 
 
 class Counters:

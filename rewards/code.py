@@ -7,15 +7,16 @@ sandbox (`rewards.sandbox`); on a machine where nothing isolates, RuntimeError s
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.base import Completion, Score, completion_text
 from rewards.code_runner import Limits
 from rewards.code_tests import Case, parse_tests
-from rewards.pool import Outcome, VerifierPool, shared_pool
+from rewards.pool import MEMORY_LIMIT_MB, Outcome, VerifierPool, shared_pool
 from rewards.reward_entry import checked_by
-from rewards.sandbox import SandboxUnavailable
+from rewards.sandbox import SandboxLimits, SandboxUnavailable, isolation_method
 from rewards.tag_format import answer_block, format_fault
 
 _FENCE = "```"
@@ -30,9 +31,12 @@ def _check(**params: Any) -> None:
     for key in ("time_limit_s", "program_limit_s"):
         if not params.get(key, 1.0) > 0:
             raise ValueError(f"{key}: {params[key]!r} is not allowed; more than 0")
+    memory, most = params.get("memory_limit_mb", 512), MEMORY_LIMIT_MB / 2  # the worker's own limit holds for it, too
+    if not 64 <= memory <= most:
+        raise ValueError(f"memory_limit_mb: {memory!r} is not allowed; 64 to {most:g}")
 
 
-@checked_by(_check)
+@checked_by(_check, machine=isolation_method)
 def code_reward(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
@@ -43,23 +47,26 @@ def code_reward(
     tagged: bool = True,
     time_limit_s: float = 2.0,
     program_limit_s: float = 10.0,
+    memory_limit_mb: float = 512,
     pool: VerifierPool | None = None,
     **columns: Any,
 ) -> list[Score]:
     """passed / total of the row's tests ("fraction"), or 1 if all passed else 0 ("all"). Range [0, 1].
 
     tests: one entry per row; None where the row has no code task (None comes back). tagged: take the program from the
-    answer block only; False: from the text after thinking. time_limit_s: per case; program_limit_s: all cases of a
-    program. Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's
-    code_reward.
+    answer block only; False: from the text after thinking. time_limit_s: per case, or per call where test code makes
+    several; program_limit_s: all cases of a program. memory_limit_mb: address space of one process; all of a program
+    together may hold twice that. A program finds Python's standard library and no other.
 
+    Source: DeepSeek-R1 (2025), 2.2.2, which runs predefined test cases; the fraction is that of open-r1's code_reward.
     Tests that cannot be read are an error of that row, and so is a run that the machine killed twice. Raises
     RuntimeError where nothing isolates.
 
         completion "<think>t</think><answer>print(input())</answer>"
         tests      [{"input": "a", "output": "a"}, {"input": "b", "output": "c"}]     ->  0.5
     """
-    limits = Limits(case_s=time_limit_s, program_s=program_limit_s)
+    sandbox = SandboxLimits(memory_bytes=int(memory_limit_mb * 2**20))
+    limits = Limits(case_s=time_limit_s, program_s=program_limit_s, sandbox=sandbox)
     scores = [Score(None, "the row has no tests")] * len(completions)
     jobs: dict[int, tuple[str, list[Case], Limits, bool]] = {}
     for row, (completion, raw) in enumerate(zip(completions, tests, strict=True)):
@@ -146,7 +153,8 @@ def extract_program(text: str, *, tagged: bool) -> tuple[str | None, str]:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language in lower case, body) of every closed block between lines that start with three backticks."""
+    """(language in lower case, body) of every closed block between lines that start with three backticks. A body that
+    stands indented as a whole, as in a list, loses that."""
     blocks: list[tuple[str, str]] = []
     language: str | None = None
     body: list[str] = []
@@ -155,7 +163,8 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
         if language is None and mark.startswith(_FENCE) and _FENCE not in mark[3:]:
             language, body = mark[3:].strip().lower(), []
         elif language is not None and mark == _FENCE:
-            blocks.append((language, "".join(body)))
+            inner = "".join(body)
+            blocks.append((language, textwrap.dedent(inner) if inner.lstrip("\n").startswith(" ") else inner))
             language = None
         elif language is not None:
             body.append(line)

@@ -17,6 +17,7 @@ from typing import Any
 from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase, same_output, same_value
 from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
+from rewards.shown import shown
 
 _COMPILE_LIMIT_S = 5.0
 _sandboxes: dict[tuple[str, SandboxLimits], Sandbox] = {}
@@ -24,7 +25,7 @@ _sandboxes: dict[tuple[str, SandboxLimits], Sandbox] = {}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """case_s: one case. program_s: all cases of a program together. Seconds of wall time."""
+    """Seconds of wall time. case_s: one case, or one call of a test's code. program_s: all cases of a program."""
 
     case_s: float = 2.0
     program_s: float = 10.0
@@ -34,20 +35,22 @@ class Limits:
 def run_program(program: str, cases: Sequence[Case], limits: Limits, stop_at_failure: bool = False) -> dict[str, Any]:
     """How many cases passed, of how many; the first failure in words; whether time ran out.
 
-    Raises SandboxUnavailable when this machine isolates nothing.
+    Raises SandboxUnavailable when this machine isolates nothing, and ValueError for a test that calls no program.
     """
     run = _ProgramRun(program, limits)
     passed, first_failure, timed_out = 0, "", False
-    for index, case in enumerate(cases):
-        failure = run.check(case)
-        if failure == "":
-            passed += 1
-            continue
-        timed_out = timed_out or failure.startswith("timeout")
-        first_failure = first_failure or (failure if run.broken else f"case {index}: {failure}")
-        if stop_at_failure or run.broken or failure is _OUT_OF_TIME:
-            break
-    run.end()
+    try:
+        for index, case in enumerate(cases):
+            failure = run.check(case)
+            if failure == "":
+                passed += 1
+                continue
+            timed_out = timed_out or failure.startswith("timeout")
+            first_failure = first_failure or (failure if run.broken else f"case {index}: {failure}")
+            if stop_at_failure or run.broken or failure is _OUT_OF_TIME:
+                break
+    finally:
+        run.end()
     return {"passed": passed, "total": len(cases), "failure": first_failure, "timed_out": timed_out}
 
 
@@ -85,7 +88,7 @@ class _ProgramRun:
                 return _told(result)
         if isinstance(case, StdinCase):
             result = self._sandbox.run(case.input, limit_s=self._left())
-            self._loaded = result.status != "died"  # a new sandbox knows nothing of the program
+            self._loaded = self._sandbox.running  # a new sandbox knows nothing of the program
             if result.status != "ok":
                 return _told(result)
             return "" if same_output(result.stdout, case.output) else f"wrong output: printed {result.stdout[:80]!r}"
@@ -105,7 +108,7 @@ class _ProgramRun:
         if self._open:
             result = self._sandbox.send(json.dumps(request), limit_s=max(self._left(), 0.01))
             self._open = result.status == "ok"
-        self._loaded = result.status != "died"
+        self._loaded = self._sandbox.running
         return (_read_reply(result.stdout), "") if self._open else ({}, _told(result))
 
     def _check_call(self, case: CallCase) -> str:
@@ -119,17 +122,23 @@ class _ProgramRun:
             return f"raised {reply['raised']}: {reply['message']}"
         value = decode(reply["value"])
         same = bool(value == case.output) if case.exact else same_value(value, case.output)
-        return "" if same else f"wrong value: returned {repr(value)[:80]}"
+        same = same or (case.boxed and same_value(value, case.output[0]))
+        return "" if same else f"wrong value: returned {shown(value)}"
 
     def _check_test(self, case: ScriptCase) -> str:
-        """Carry calls from the test to the program and data back, until the test says how it went."""
+        """Carry calls from the test to the program and data back, until the test says how it went. ValueError for a
+        test that would pass with every program, since it calls none."""
         test = _warm_sandbox("test", self._limits.sandbox)
         result = test.open_test(case.code, list(case.names), limit_s=self._left(), total_s=self._limits.program_s)
+        called = False
         try:
             while result.status == "ok":
                 message = json.loads(result.stdout)
                 if "passed" in message:
+                    if message["passed"] is True and not called:
+                        raise ValueError(f"tests: {case.code.strip()[:80]!r} never calls {' or '.join(case.names)}")
                     return "" if message["passed"] is True else str(message["error"])
+                called = True
                 if self._left() <= 0:
                     return _OUT_OF_TIME
                 reply, failure = self._call(message)

@@ -6,7 +6,8 @@ cases.
     [{"input": "2 3\\n", "output": "5\\n"}, ...]                                     reads standard input, prints
     {"inputs": ["2 3\\n", ...], "outputs": ["5\\n", ...]}                            the same, as in APPS
     {"entry_point": "add", "cases": [{"args": [2, 3], "output": 5}, ...]}           a function; also "kwargs"
-    {"fn_name": "add", "inputs": [[2, 3], ...], "outputs": [5, ...]}                the same, as in APPS
+    {"fn_name": "add", "inputs": [[2, 3], ...], "outputs": [5, ...]}                the same, as in APPS, where outputs
+                                                                                    may also stand in lists: [[5], ...]
     {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code (MBPP; HumanEval's
     check)
 
@@ -21,7 +22,7 @@ import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TOLERANCE = 1e-6
@@ -37,13 +38,15 @@ class StdinCase:
 
 @dataclass(frozen=True, slots=True)
 class CallCase:
-    """`function(*args, **kwargs)` must give `output`. exact: equal as Python's == says, without the tolerances."""
+    """`function(*args, **kwargs)` must give `output`. exact: equal as Python's == says, without the tolerances. boxed:
+    `output` is a list of one entry, which may stand for that entry."""
 
     function: str
     args: tuple[Any, ...]
     output: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
+    boxed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +83,15 @@ def parse_tests(raw: Any) -> list[Case]:
 
 
 def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
-    name = raw.get("entry_point", raw.get("fn_name"))
-    names = (name,) if isinstance(name, str) else tuple(name or ())
-    if not all(isinstance(item, str) and item.isidentifier() for item in names):
-        raise ValueError(f"tests: entry_point: {name!r} is not allowed; the name of a function")
+    names = _names(raw.get("entry_point", raw.get("fn_name")))
     if "tests" in raw:
         tests = [raw["tests"]] if isinstance(raw["tests"], str) else raw["tests"]
         if not names or not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
             raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
-        setup = str(raw.get("setup") or "")
-        return [
-            (None if setup else _plain_assert(test, names)) or ScriptCase(f"{setup}\n{test}", names) for test in tests
-        ]
+        return [_script_case(test, str(raw.get("setup") or ""), names) for test in tests]
     if "cases" in raw:
-        if len(names) != 1:
-            raise ValueError("tests: with `cases`, one entry_point is needed")
+        if len(names) != 1 or not isinstance(raw["cases"], list | tuple):
+            raise ValueError("tests: with `cases`, which is a list, one entry_point is needed")
         return [_call_case(names[0], item) for item in raw["cases"]]
     inputs, outputs = raw.get("inputs"), raw.get("outputs")
     if not isinstance(inputs, list | tuple) or not isinstance(outputs, list | tuple) or len(inputs) != len(outputs):
@@ -102,17 +99,31 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
             f"tests: keys {sorted(raw)}: `tests`, `cases`, or `inputs` and `outputs` of equal length are needed"
         )
     pairs = list(zip(inputs, outputs, strict=True))
-    if names:
-        return [_call_case(names[0], {"args": args, "output": output}) for args, output in pairs]
-    return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+    if not names:
+        return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+    boxed = "fn_name" in raw and all(isinstance(output, list) and len(output) == 1 for output in outputs)
+    return [replace(_call_case(names[0], {"args": args, "output": output}), boxed=boxed) for args, output in pairs]
 
 
-def _plain_assert(test: str, names: Sequence[str]) -> CallCase | None:
-    """`assert f(<constants>) == <constant>` as a call, which needs no process for the test; None for anything else."""
+def _names(raw: Any) -> tuple[str, ...]:
+    names = (raw,) if isinstance(raw, str) else () if raw is None else raw
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        raise ValueError(f"tests: entry_point: {raw!r} is not allowed; the name of a function")
+    return tuple(names)
+
+
+def _script_case(test: str, setup: str, names: tuple[str, ...]) -> Case:
+    """ValueError for a text that is no Python: it would fail every program."""
+    code = f"{setup}\n{test}"
     try:
-        body = ast.parse(test).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"tests: {test[:80]!r} cannot be read: {type(error).__name__}: {error}") from error
+    return _plain_assert(tree.body, names) or ScriptCase(code, names)
+
+
+def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | None:
+    """`assert f(<constants>) == <constant>` as a call, which needs no process for the test; None for anything else."""
     if len(body) != 1 or not isinstance(body[0], ast.Assert) or not isinstance(body[0].test, ast.Compare):
         return None
     compare = body[0].test
@@ -139,6 +150,9 @@ def _stdin_case(item: Any) -> StdinCase:
         or not isinstance(item.get("output"), str)
     ):
         raise ValueError(f"tests: case {str(item)[:80]!r} is not allowed; {{input: text, output: text}}")
+    kind = item.get("type", item.get("testtype"))
+    if kind not in (None, "stdin_stdout", "stdin"):
+        raise ValueError(f"tests: case {str(item)[:80]!r}: the type {kind!r} is not allowed; stdin_stdout")
     return StdinCase(item["input"], item["output"])
 
 
@@ -147,8 +161,11 @@ def _call_case(name: str, item: Any) -> CallCase:
         raise ValueError(f"tests: case {str(item)[:80]!r} is not allowed; {{args: [...], output: value}}")
     if ("output" in item) == ("expected" in item):
         raise ValueError(f"tests: case {str(item)[:80]!r} needs either `output` or `expected`")
+    kwargs = item.get("kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"tests: case {str(item)[:80]!r}: kwargs: a mapping is needed")
     output = item["output"] if "output" in item else item["expected"]
-    return CallCase(name, tuple(item["args"]), output, dict(item.get("kwargs") or {}))
+    return CallCase(name, tuple(item["args"]), output, dict(kwargs))
 
 
 def same_output(printed: str, expected: str) -> bool:
@@ -200,11 +217,17 @@ def same_value(returned: Any, expected: Any) -> bool:
         if not isinstance(returned, dict) or len(returned) != len(expected):
             return False
         # keys of a JSON object are always texts, those of the program's dict need not be
-        ours = (
-            returned if all(key in returned for key in expected) else {str(key): item for key, item in returned.items()}
-        )
+        whole = all(key in returned for key in expected)
+        ours = returned if whole else {_key_text(key): item for key, item in returned.items()}
         return all(key in ours and same_value(ours[key], item) for key, item in expected.items())
     return bool(returned == expected)
+
+
+def _key_text(key: Any) -> Any:
+    try:
+        return str(key)
+    except ValueError:  # an int of more than 4,300 digits
+        return key
 
 
 def _close(ours: float, theirs: float) -> bool:

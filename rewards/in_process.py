@@ -24,8 +24,12 @@ from rewards.base import Score
 from rewards.daemon_threads import DaemonThreads, settle, start_daemon
 from rewards.reward_call import Verdict, failed, read_verdicts
 from rewards.reward_entry import RewardEntry
+from rewards.shown import shown_error
 
 _CANCEL_GRACE_S = 5.0  # for what an async function does on its way out
+# The border to a user's function: what it raises is carried on by name to the scorer, which stops or masks. Nobody but
+# the function itself cancels it without its limit having passed.
+_ITS_OWN_FAULTS = (Exception, SystemExit, asyncio.CancelledError)
 
 
 class InProcess:
@@ -83,9 +87,8 @@ class InProcess:
         started = time.monotonic()
         try:
             returned = self.entry.function(**arguments)
-        except (Exception, SystemExit) as error:
-            # The border to a user's function: carried on by name to the scorer, which stops or masks.
-            return [failed(f"{type(error).__name__}: {error}", time.monotonic() - started)] * count
+        except _ITS_OWN_FAULTS as error:
+            return [failed(shown_error(error), time.monotonic() - started)] * count
         return read_verdicts(returned, count, time.monotonic() - started)
 
     async def _await(self, arguments: dict[str, Any], count: int) -> list[Verdict]:
@@ -93,11 +96,11 @@ class InProcess:
         try:
             async with asyncio.timeout(self.entry.time_limit_s) as limit:
                 returned = await self.entry.function(**arguments)
-        except (Exception, SystemExit) as error:  # as in _call
+        except _ITS_OWN_FAULTS as error:
             seconds = time.monotonic() - started
             if isinstance(error, TimeoutError) and limit.expired():
                 return [self._late(f"was cancelled after {self.entry.time_limit_s:g} s", seconds)] * count
-            return [failed(f"{type(error).__name__}: {error}", seconds)] * count
+            return [failed(shown_error(error), seconds)] * count
         return read_verdicts(returned, count, time.monotonic() - started)
 
     def _late(self, how: str, seconds: float) -> Verdict:

@@ -172,12 +172,12 @@ def _note_near_misses(entry: RewardEntry, columns: Mapping[str, Any], report: Re
 
 
 def _score(scorer: RewardScorer, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> ScoredBatch:
-    """Score texts, each with its row, all in one call. A token is taken for four characters."""
+    """Score texts, each with its row and a group of its own, all in one call. A token is taken for four characters."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     prompts = [str(row.get("prompt", row.get("question", ""))) for row in rows]
     ids = [range(len(text) // 4 + 1) for text in texts]
-    return scorer.score(prompts, texts, ids, columns, [0] * len(texts))
+    return scorer.score(prompts, texts, ids, columns, range(len(texts)))
 
 
 def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
@@ -195,7 +195,8 @@ def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
     given = [value for value in values if value is not None]
     report.low, report.high = min(given, default=None), max(given, default=None)
     if not given:
-        report.problems.append("gives no value for any text (None: does not apply): nothing about it was tried")
+        told = report.notes if scorer.entries[0].wants_groups else report.problems  # it may need more than one text
+        told.append("gives no value for any text (None: does not apply): nothing about it was tried")
     by_name = {trick.name: value for trick, value in zip(tricks, values, strict=True)}
     honest = by_name["right, well formed"]
     for aspect, control in (("answer", "wrong, well formed"), ("format", "right, without tags")):
@@ -212,7 +213,7 @@ def _try_tricks(scorer: RewardScorer, sample: Sample, report: Report) -> None:
     _sum_up(report)
     again = _score(scorer, [trick.text for trick in tricks], [sample.columns] * len(tricks)).by_function[report.name]
     changed = [trick.name for trick, old, new in zip(tricks, values, again, strict=True) if not _same(old, new)]
-    if changed and not scorer.entries[0].wants_groups:
+    if changed:
         report.problems.append(
             f"not deterministic: {len(changed)} texts score otherwise the second time, {changed[0]!r}"
         )
@@ -280,6 +281,7 @@ def _check_golds(
         report.notes.append(
             "the dataset's own answers are not checked: " + ("none found" if not known else "not scored")
         )
+        _try_rows(scorer, entry, numbered, report)
         return
     texts = [f"<think>We work it out step by step.</think>\n<answer>{gold}</answer>" for _, _, gold in known]
     batch = _score(scorer, texts, [row for _, row, _ in known])
@@ -295,6 +297,27 @@ def _check_golds(
     if bad:
         report.problems.append(f"{len(bad)} of {len(known)} rows do not give full marks to their own answer")
         report.problems += [f"  {text}" for text in bad[:_SHOWN_ROWS]]
+
+
+def _try_rows(
+    scorer: RewardScorer, entry: RewardEntry, numbered: Sequence[tuple[int, Mapping[str, Any]]], report: Report
+) -> None:
+    """Rows that the function fails on whatever is answered, as code does on tests that it cannot read. An async
+    function is not asked, as its calls may cost something."""
+    if entry.is_async:
+        return
+    text = "<think>We work it out step by step.</think>\n<answer>0</answer>"
+    batch = _score(scorer, [text] * len(numbered), [row for _, row in numbered])
+    bad = [
+        f"row {number}: {score.reason}"
+        for (number, _), score, status in zip(
+            numbered, batch.scores[entry.name], batch.statuses[entry.name], strict=True
+        )
+        if status == "error"
+    ]
+    if bad:
+        report.problems.append(f"fails on {len(bad)} of {len(numbered)} rows")
+        report.problems += [f"  {told}" for told in bad[:_SHOWN_ROWS]]
 
 
 def _why(score: Score) -> str:

@@ -13,11 +13,13 @@ in an accelerate rank, and with CUDA or gloo initialised: see `rewards.worker` f
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import math
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -26,7 +28,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ Status = Literal["ok", "timeout", "memory", "error", "broken"]
 
 MEMORY_LIMIT_MB = 4096  # address space, of which a program reserves more than it uses
 _LOAD_LIMIT_S = 120.0
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 # What damaged or forged pickles raise, by the documentation of the module and by trying.
 _UNREADABLE = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError,
@@ -60,11 +63,22 @@ class Outcome:
 
 
 def default_workers() -> int:
-    """The cores that this process may use, shared among the ranks of this host (LOCAL_WORLD_SIZE), at least 1."""
+    """The cores that this process may use, by its affinity and by the quota of its container, shared among the ranks of
+    this host (LOCAL_WORLD_SIZE), at least 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, cores // max(1, ranks))
+    return max(1, int(min(cores, _quota_cores())) // max(1, ranks))
+
+
+def _quota_cores() -> float:
+    """What control groups (version 2, then 1) leave to this container; infinity without a quota. More workers than that
+    would take each other's time, and their jobs run into limits that they would meet."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            quota, period = (float(text) for name in names for text in (_CONTROL_GROUP / name).read_text().split())
+            return math.ceil(quota / period) if quota > 0 else math.inf
+    return math.inf
 
 
 class VerifierPool:
@@ -153,10 +167,11 @@ class VerifierPool:
             elif job.future.set_running_or_notify_cancel():
                 try:
                     outcome = slot.run(job)
-                except BaseException as bug:  # ours; without this the caller would wait for ever
+                except BaseException as bug:  # ours; without this the caller, or the next one, would wait for ever
                     job.future.set_exception(bug)
-                    raise
-                job.future.set_result(outcome)
+                    slot = _Slot(self._template, self._unloadable)
+                else:
+                    job.future.set_result(outcome)
 
 
 @dataclass(slots=True)
@@ -176,16 +191,19 @@ class _Slot:
         self._unloadable = unloadable
         self._sock: socket.socket | None = None
         self._pid = 0
+        self._served = 0  # jobs of this worker
         self._loaded: set[str] = set()
 
     def run(self, job: _Job) -> Outcome:
         started = time.monotonic()
         if job.function in self._unloadable:
             return Outcome(None, "broken", 0.0, self._unloadable[job.function])
+        if self._sock is not None and _readable(self._sock):  # an idle worker has nothing to say, so it has ended
+            self._replace(died=True)
         try:
             if self._sock is None:
                 self._sock, self._pid = self._template.spawn()
-                self._loaded = set()
+                self._loaded, self._served = set(), 0
             problem = self._begin(self._sock, job)
             if problem:
                 return Outcome(None, "broken", time.monotonic() - started, problem)
@@ -196,9 +214,13 @@ class _Slot:
             return Outcome(None, "timeout", time.monotonic() - started, f"killed after {job.limit_s:g} s")
         except (EOFError, OSError) as gone:
             return self._died(gone, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._served += 1
         if status == "memory":  # what the failed job left allocated would starve the next one
             self._replace()
-        return Outcome(value, status, time.monotonic() - started, error)
+            if self._served > 1:  # and earlier ones may have starved this one
+                return self.run(replace(job, limit_s=max(job.limit_s - seconds, 0.01)))
+        return Outcome(value, status, seconds, error)
 
     def _begin(self, sock: socket.socket, job: _Job) -> str:
         """Hand the job over, its clock starting; why it was not begun, if its function could not be loaded."""
@@ -238,6 +260,12 @@ class _Slot:
         return self._template.kill(self._pid, died=died)
 
 
+def _readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
 class _TemplateHandle:
     """Starts the template process when it is first needed, and again should it die; one request at a time."""
 
@@ -274,8 +302,11 @@ class _TemplateHandle:
         """Make sure that a worker has ended; `died`: it seems to have done so already, and the signal is returned."""
         with self._lock:
             if self._control is None or self._process is None or self._process.poll() is not None:
-                return None  # the template has gone and took its workers with it
-            return self._request(self._control, {"op": "kill", "pid": pid, "died": died})["signal"]
+                return None
+            try:
+                return self._request(self._control, {"op": "kill", "pid": pid, "died": died})["signal"]
+            except OSError:  # the template has gone and took its workers with it
+                return None
 
     def close(self) -> None:
         with self._lock:
@@ -320,6 +351,9 @@ class _TemplateHandle:
         except EOFError as error:
             self._stop()
             raise OSError("the verifiers' template process has died") from error
+        except TimeoutError as error:  # no job's own
+            self._stop()
+            raise OSError(f"the verifiers' template process was silent for {_LOAD_LIMIT_S:g} s") from error
         except OSError:
             self._stop()
             raise

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
-from rewards.base import Score
+from rewards.base import Score, TrainerState
 from rewards.column_check import missing_columns
 from rewards.pool import Outcome, shared_pool
 from rewards.registry import load_function
 from rewards.reward_entry import RewardEntry
+from rewards.shown import shown
 
 RowStatus = Literal["ok", "none", "timeout", "error"]
 # A built-in function marks single scores with rules that end in these: the text made its verifier run out of time or
@@ -26,13 +27,14 @@ LIMIT_RULES, ERROR_RULE = ("timeout", "memory"), "error"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows to score; every field has one entry per row."""
+    """The rows to score; every field but trainer_state has one entry per row."""
 
     prompts: Sequence[str]
     completions: Sequence[str]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
     group_ids: Sequence[int]
+    trainer_state: TrainerState
 
     def __post_init__(self) -> None:
         rows = len(self.completions)
@@ -75,8 +77,10 @@ def call_arguments(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> dic
         # name.
         if key in named or (entry.takes_any and key != "group_ids"):
             arguments[key] = [values[row] for row in rows]
+    if "trainer_state" in named:
+        arguments["trainer_state"] = batch.trainer_state
     if entry.conversational:
-        _to_messages(arguments)
+        _to_messages(arguments, [batch.columns.get("prompt", batch.prompts)[row] for row in rows])
     return {**arguments, **params}
 
 
@@ -91,10 +95,16 @@ def _keep_apart(entry: RewardEntry, columns: dict[str, Sequence[Any]], params: d
             columns[params[setting]] = taken[column]
 
 
-def _to_messages(arguments: dict[str, Any]) -> None:
-    for key, role in (("prompts", "user"), ("completions", "assistant")):
-        if key in arguments:
-            arguments[key] = [[{"role": role, "content": text}] for text in arguments[key]]
+def _to_messages(arguments: dict[str, Any], questions: Sequence[Any]) -> None:
+    """questions: of the dataset, as text or messages, since TRL's prompts come without a template's words."""
+    if "prompts" in arguments:
+        arguments["prompts"] = [_messages("user", question) for question in questions]
+    if "completions" in arguments:
+        arguments["completions"] = [_messages("assistant", text) for text in arguments["completions"]]
+
+
+def _messages(role: str, content: Any) -> Any:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list[Verdict]:
@@ -107,8 +117,7 @@ def call_isolated(entry: RewardEntry, batch: Batch, rows: Sequence[int]) -> list
 
 def call_by_name(path: str, arguments: dict[str, Any]) -> Any:
     """What a worker runs. A list stays what it is, also of the wrong length: the owner checks it."""
-    returned = load_function(path)(**arguments)
-    return returned.tolist() if hasattr(returned, "tolist") else returned
+    return _plain(load_function(path)(**arguments))
 
 
 def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
@@ -123,35 +132,54 @@ def _isolated_verdict(outcome: Outcome, timeout_score: float | None) -> Verdict:
 
 def read_verdicts(returned: Any, count: int, seconds: float) -> list[Verdict]:
     """Check what a reward function returned for `count` rows. Lists, tuples and one-dimensional arrays or tensors are
-    accepted."""
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, list | tuple):
-        return [failed(f"returned {_shown(returned)}, not a list of {count} values", seconds)] * count
+    accepted, of numbers of Python, numpy or torch."""
+    values = _plain(returned)
+    if not isinstance(values, list):
+        return [failed(f"returned {_told(returned)}, not a list of {count} values", seconds)] * count
     if len(values) != count:
         return [failed(f"returned {len(values)} values for {count} completions", seconds)] * count
     return [_read_value(value, seconds) for value in values]
 
 
+def _plain(returned: Any) -> Any:
+    """A list of Python's own numbers and of Scores that hold such numbers, where it is one; the rest as it came."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple):
+        return values
+    return [
+        replace(value, value=_plain_number(value.value)) if isinstance(value, Score) else _plain_number(value)
+        for value in values
+    ]
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item"):  # a scalar of numpy or torch, or an array of theirs
+        try:
+            return value.item()
+        except (ValueError, RuntimeError):  # of several entries: no number
+            return value
+    return value
+
+
 def _read_value(value: Any, seconds: float) -> Verdict:
-    score = value if isinstance(value, Score) else None
-    number = value.value if score is not None else value
-    if number is None and score is not None and score.rule == ERROR_RULE:
+    score = value if isinstance(value, Score) else Score(value)
+    number = score.value
+    for key, text in score.explanation.items():
+        if not isinstance(text, str | None):
+            return failed(f"returned a Score whose {key} is {_told(text)}, which is not text", seconds)
+    if number is None and score.rule == ERROR_RULE:
         return Verdict(score, "error", seconds)
     if number is None:
-        return Verdict(score or Score(None, "does not apply"), "none", seconds)
-    if hasattr(number, "item"):  # a scalar of numpy or torch
-        number = number.item()
+        return Verdict(score if score is value else Score(None, "does not apply"), "none", seconds)
     if not isinstance(number, Real):
-        return failed(f"returned {_shown(number)}, which is not a number", seconds)
+        return failed(f"returned {_told(number)}, which is not a number", seconds)
     try:
         plain = float(number)
     except OverflowError:
         plain = math.inf
     if not math.isfinite(plain):
-        return failed(f"returned {_shown(number)}, which is not finite", seconds)
-    if score is None:
-        return Verdict(Score(plain), "ok", seconds)
-    return Verdict(score, "timeout" if score.rule.endswith(LIMIT_RULES) else "ok", seconds)
+        return failed(f"returned {_told(number)}, which is not finite", seconds)
+    return Verdict(replace(score, value=plain), "timeout" if score.rule.endswith(LIMIT_RULES) else "ok", seconds)
 
 
 def failed(problem: str, seconds: float) -> Verdict:
@@ -159,6 +187,5 @@ def failed(problem: str, seconds: float) -> Verdict:
     return Verdict(Score(None, problem, rule=ERROR_RULE), "error", seconds)
 
 
-def _shown(value: Any, limit: int = 80) -> str:
-    text = f"{type(value).__name__} {value!r}"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _told(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value)}"

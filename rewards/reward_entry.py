@@ -29,7 +29,7 @@ from rewards.pool import MEMORY_LIMIT_MB
 from rewards.registry import BUILTINS, absolute_name, load_function
 
 ROW_ARGUMENTS = ("prompts", "completions", "completion_ids")
-RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters")
+RESERVED_ARGUMENTS = (*ROW_ARGUMENTS, "group_ids", "counters", "trainer_state")
 _OPTIONAL_COLUMN_SETTINGS = ("options_column",)  # where they keep their default, the dataset may lack the column
 ENTRY_KEYS = (
     "func", "name", "weight", "params", "columns", "when", "isolate", "time_limit_s", "memory_limit_mb",
@@ -44,12 +44,17 @@ SMALLEST_MEMORY_MB = 256
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def checked_by(check: Callable[..., None]) -> Callable[[_Function], _Function]:
+def checked_by(
+    check: Callable[..., None], *, machine: Callable[[], object] | None = None
+) -> Callable[[_Function], _Function]:
     """Decorator for a reward function: `check(**params)` is called with the recipe's parameters when the recipe is
-    read, and raises ValueError for values that are not allowed."""
+    read, and raises ValueError for values that are not allowed. machine: called before a run starts to pay; raises
+    RuntimeError where the function cannot run on this machine."""
 
     def mark(function: _Function) -> _Function:
-        setattr(function, "check_params", check)  # noqa: B010 - functions have no such attribute for type checkers
+        # functions have no such attributes for type checkers
+        setattr(function, "check_params", check)  # noqa: B010
+        setattr(function, "check_machine", machine)  # noqa: B010
         return function
 
     return mark
@@ -250,8 +255,11 @@ def _check_arguments(entry: RewardEntry) -> None:
                 )
     if entry.builtin:
         for key, value in entry.params.items():
-            if isinstance(entry.named_arguments[key].default, bool):
+            default = entry.named_arguments[key].default
+            if isinstance(default, bool):
                 _truth(value, f"{entry.name}: params: {key}")
+            elif isinstance(default, int | float):
+                _number(value, f"{entry.name}: params: {key}")
         for key in entry.columns:
             if key not in (*entry.column_arguments, *entry.params):
                 raise ValueError(f"{entry.name}: columns: {key!r} is a setting, no column; it goes into params")

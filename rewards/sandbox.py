@@ -17,10 +17,10 @@ seccomp(2).
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import platform
+import secrets
 import select
 import shutil
 import subprocess
@@ -50,7 +50,6 @@ _START_LIMIT_S = 20.0
 _GRACE_S = 2.0
 _CHUNK = 1 << 18
 _FIRST_USER, _USERS = 20_000, 40_000
-_numbers = itertools.count()
 
 
 class SandboxUnavailable(RuntimeError):
@@ -59,11 +58,11 @@ class SandboxUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class SandboxLimits:
-    """memory_bytes: address space of one process; all together may hold twice that. processes: at one time.
-    file_bytes: largest file. temporary_bytes: size of /tmp. output_bytes: printed by one case."""
+    """memory_bytes: address space of one process; all together may hold twice that. processes: with their threads, at
+    one time. file_bytes: largest file. temporary_bytes: size of /tmp. output_bytes: printed by one case."""
 
     memory_bytes: int = 512 << 20
-    processes: int = 32
+    processes: int = 48  # Python's own thread pools have up to 32 threads
     file_bytes: int = 16 << 20
     temporary_bytes: int = 32 << 20
     output_bytes: int = 4 << 20
@@ -104,10 +103,17 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
         self._buffer = bytearray()
-        self._source = ""
+
+    @property
+    def running(self) -> bool:
+        """False before the first request, and after one that had to end the sandbox, and with it what was loaded."""
+        return self._process is not None
 
     def load(self, source: str, *, limit_s: float = 5.0) -> RunResult:
-        """Compile a program, to be run or called next. status error tells of a syntax error."""
+        """Compile a program, to be run or called next. status error tells of a syntax error. A sandbox that was ended
+        while it was idle (memory ran out) is started anew."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         return self._request({"op": "load", "source": source}, limit_s)
 
     def run(self, stdin: str, *, limit_s: float = 5.0) -> RunResult:
@@ -182,11 +188,10 @@ class Sandbox:
             env={},
         )
         # Of its own, so that the limit of processes, which the kernel counts per user, is not shared with other
-        # sandboxes.
-        number = os.getpid() * 2 + next(_numbers)
+        # sandboxes: drawn, since those of other workers and of other containers on this host cannot be asked.
         settings = {
             **asdict(self.limits),
-            "uid": _FIRST_USER + number % _USERS if os.geteuid() == 0 else None,
+            "uid": _FIRST_USER + secrets.randbelow(_USERS) if os.geteuid() == 0 else None,
             "filter": filter_program(platform.machine()).hex(),
         }
         reply = self._exchange(settings, _START_LIMIT_S)
@@ -248,7 +253,8 @@ def _layout(temporary_bytes: int) -> Layout:
         links=links,
         temporary_bytes=temporary_bytes,
         command=(python, "-I", "-S", "-B", "-X", "utf8", "/harness"),
-        environment={"HOME": "/tmp", "LANG": "C.UTF-8"},
+        # with an arena of the allocator for every thread, a dozen of them reserve all the address space that is allowed
+        environment={"HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},
     )
 
 

@@ -31,9 +31,12 @@ from rewards.sandbox_values import LineChannel
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
+OWNER = 0  # the descriptor of its requests
 POLL_MS = 50
 STDERR_BYTES = 4096
-MAX_TEMPORARY_FILES = 2000
+MAX_TEMPORARY_FILES = 20_000  # an empty one takes a kilobyte of the kernel's memory, which no other limit counts
+MAX_REMOVED_FILES = 2000
+TEMPORARY_FOLDERS = ("/tmp", "/dev/shm")
 CHUNK = 1 << 16
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -112,7 +115,7 @@ class Harness:
         """Whether nothing of the program is left, so that the next one may use this sandbox."""
         self._abandon_dialog()
         self._code = b""
-        return {"status": "ok", "clean": _kill_others() == 0 and _empty_folder("/tmp") and _empty_folder("/dev/shm")}
+        return {"status": "ok", "clean": _kill_others() == 0 and all(map(_empty_folder, TEMPORARY_FOLDERS))}
 
 
 class _Child:
@@ -124,7 +127,6 @@ class _Child:
         self._memory_bytes = settings["memory_bytes"]
         self._output_bytes = output_bytes
         self.output = b""
-        self._lines_taken = 0
         self._status = ""
         self._memory_checked = self._started
         self.leftover = 0
@@ -152,12 +154,12 @@ class _Child:
 
     def read_line(self) -> bytes | None:
         """The next line of its output; None when it ended, or was ended, before one came."""
-        while (end := self._collected.find(b"\n", self._lines_taken)) < 0:
+        while (end := self._collected.find(b"\n")) < 0:
             if self._status:
                 return None
             self._exchange(close_input=False)
-        line = bytes(self._collected[self._lines_taken : end])
-        self._lines_taken = end + 1
+        line = bytes(self._collected[:end])
+        del self._collected[: end + 1]  # output_bytes bounds what was not read yet, not the whole conversation
         return line
 
     def abandon(self) -> None:
@@ -190,6 +192,7 @@ class _Child:
     def _exchange(self, *, close_input: bool) -> None:
         """Wait a moment, move what can be moved, and set the status once it is decided."""
         poller = select.poll()
+        poller.register(OWNER, 0)  # tells of nothing but its end
         for fd in (*self._readable, self._exited):
             poller.register(fd, select.POLLIN)
         if self._in >= 0 and self._pending:
@@ -202,6 +205,8 @@ class _Child:
             self._status = "timeout"
             return
         ready = {fd for fd, _ in poller.poll(min(POLL_MS, math.ceil(left_ms)))}
+        if OWNER in ready:
+            os._exit(1)  # and with process 1, the kernel ends all others
         if self._in in ready:
             self._feed()
         self._drain()
@@ -212,7 +217,7 @@ class _Child:
             self._status = "exited"
         elif time.monotonic() - self._memory_checked > POLL_MS / 1000:
             self._memory_checked = time.monotonic()
-            if _resident_bytes() > 2 * self._memory_bytes:
+            if _resident_bytes() > 2 * self._memory_bytes or _temporary_files() > MAX_TEMPORARY_FILES:
                 self._status = "memory"
 
     def _feed(self) -> None:
@@ -285,6 +290,10 @@ def _resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+def _temporary_files() -> int:
+    return sum(found.f_files - found.f_ffree for found in map(os.statvfs, TEMPORARY_FOLDERS))
+
+
 def _empty_folder(folder: str) -> bool:
     """Remove everything in it; False when that is not possible or too much."""
     count = 0
@@ -296,7 +305,7 @@ def _empty_folder(folder: str) -> bool:
             os.chmod(current, 0o700) if current != folder else None
             for entry in os.scandir(current):
                 count += 1
-                if count > MAX_TEMPORARY_FILES:
+                if count > MAX_REMOVED_FILES:
                     return False
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
@@ -315,7 +324,9 @@ def _drop_rights(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(*[settings["uid"]] * 3)
         os.setresuid(*[settings["uid"]] * 3)
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user id resets it
+    # A change of user id resets it. Under root's bubblewrap it does not come: the parent has no right to signal another
+    # user's process. So the end of the requests counts as well, also while a program runs.
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _LIBC.prctl(PR_SET_DUMPABLE, 0)
     unlimited = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (unlimited, unlimited))  # ours adds up over many programs
@@ -340,7 +351,7 @@ def main() -> None:
     if os.getpid() != 1:
         sys.exit("this program kills all other processes it can reach: it must be process 1 of its own namespace")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python handles, and so lets through to process 1
-    channel = LineChannel(0, 1)
+    channel = LineChannel(OWNER, 1)
     settings = channel.receive()
     _drop_rights(settings)
     gc.disable()  # a collection in a forked child would copy every page that it marks

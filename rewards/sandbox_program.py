@@ -41,10 +41,14 @@ def compile_source(source: str) -> None:
         payload = payload[os.write(1, payload) :]
 
 
-def _namespace() -> dict[str, Any]:
-    main = type(sys)("__main__")
-    sys.modules["__main__"] = main
-    return vars(main)
+def _namespace(name: str = "__main__") -> dict[str, Any]:
+    """That of a fresh module, which the standard library finds by its name; with exit and quit, which `python -S`
+    leaves out."""
+    module = type(sys)(name)
+    sys.modules["__main__"] = sys.modules[name] = module
+    module.__file__ = "/tmp/program.py"
+    vars(sys.modules["builtins"]).update(exit=sys.exit, quit=sys.exit)
+    return vars(module)
 
 
 def run_main(code: bytes) -> None:
@@ -54,8 +58,7 @@ def run_main(code: bytes) -> None:
 def serve_calls(code: bytes) -> None:
     """Run the program with its prints discarded, then answer calls of its functions."""
     channel = _private_channel()
-    namespace = _namespace()
-    namespace["__name__"] = "program"  # an `if __name__ == "__main__"` part is for the other style
+    namespace = _namespace("program")  # an `if __name__ == "__main__"` part is for the other style
     exec(marshal.loads(code), namespace)
     channel.send({"loaded": True})
     while True:
@@ -76,9 +79,18 @@ def _answer_call(namespace: dict[str, Any], request: dict[str, Any]) -> dict[str
     keywords = {key: decode(item) for key, item in request["kwargs"].items()}
     try:
         value = function(*arguments, **keywords)
-        return {"value": encode(value), "args": [encode(item) for item in arguments]}
+        return {"value": encode(value), "args": [_encode_if_plain(item) for item in arguments]}
     except Exception as error:
-        return {"raised": type(error).__name__, "message": str(error)[:500]}
+        builtin = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+        return {"raised": builtin, "message": str(error)[:500]}
+
+
+def _encode_if_plain(argument: Any) -> Any:
+    """What the function made of an argument, or None when that is no longer plain data."""
+    try:
+        return encode(argument)
+    except (TypeError, ValueError):
+        return None
 
 
 def _private_channel() -> LineChannel:
@@ -114,7 +126,7 @@ def _stand_in(name: str, channel: LineChannel) -> Any:
         channel.send({"call": name, "args": [encode(item) for item in args], "kwargs": coded})
         reply = channel.receive()
         if "raised" in reply:
-            raise _builtin_exception(str(reply["raised"]))(str(reply.get("message", "")))
+            raise _builtin_exception(str(reply["raised"]), str(reply.get("message", "")))
         for ours, theirs in zip(args, reply.get("args", ()), strict=True):
             _copy_changes(ours, decode(theirs))
         return decode(reply["value"])
@@ -122,9 +134,16 @@ def _stand_in(name: str, channel: LineChannel) -> Any:
     return call
 
 
-def _builtin_exception(name: str) -> type[Exception]:
+def _builtin_exception(name: str, message: str) -> Exception:
     found = vars(sys.modules["builtins"]).get(name)
-    return found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
+    if not isinstance(found, type) or not issubclass(found, Exception):
+        found = RuntimeError
+    if issubclass(found, StopIteration | StopAsyncIteration):  # would end a loop of the test, and its asserts with it
+        found = RuntimeError
+    try:
+        return found(message)
+    except TypeError:  # UnicodeError's kinds, which want more arguments
+        return ValueError(message)
 
 
 def _copy_changes(ours: Any, theirs: Any) -> None:
@@ -152,4 +171,6 @@ def _finish_like_an_interpreter() -> None:
         sys.modules["threading"]._shutdown()
     if "atexit" in sys.modules:
         sys.modules["atexit"]._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.__stdout__):  # the program may have put another in the place of the first
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()

@@ -4,7 +4,8 @@ In: prompts, completions, token ids, dataset columns, group ids (one entry per r
 has TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async, and is
 called with keyword arguments: the columns that it names (all of them if it takes `**columns`), only for the rows that
 it applies to, and the parameters of the recipe, which win over a column of the same name. A function that declares
-`group_ids` gets them and can so see whole groups; one that declares `counters` gets a `rewards.base.Counters`.
+`group_ids` gets them and can so see whole groups; one that declares `counters` gets a `rewards.base.Counters`, one that
+declares `trainer_state` a `rewards.base.TrainerState`.
 
 A wrong number of values, a value that is no finite number, or an exception is a fault of the function, not of the
 policy. `on_error="stop"` raises `RewardError`; `"mask"` makes the reward of the row None and counts it. Nothing is
@@ -26,12 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rewards.base import Counters, Score
+from rewards.base import Counters, Score, TrainerState
 from rewards.column_check import column_problems, missing_column, named_functions
 from rewards.daemon_threads import DaemonThreads
 from rewards.in_process import InProcess
 from rewards.reward_call import Batch, RowStatus, Verdict, call_arguments, call_isolated
 from rewards.reward_entry import RewardEntry, parse_entries
+from rewards.shown import shown
 
 _EXCERPT_CHARS = 200
 _DOES_NOT_APPLY = Verdict(Score(None, "does not apply"), "none", 0.0)
@@ -126,6 +128,7 @@ class RewardScorer:
         self.entries: tuple[RewardEntry, ...] = parse_entries(reward_funcs, reward_weights, base_folder=folder)
         self.on_error = on_error
         self.task_column = task_column
+        self.trainer_state = TrainerState()  # what a function that names it is told next; the trainer keeps it true
         self._callers = {entry.name: InProcess(entry) for entry in self.entries if not entry.isolate}
         self._counters = {entry.name: Counters() for entry in self.entries if entry.wants_counters}
         self._executor: DaemonThreads | None = None
@@ -147,7 +150,7 @@ class RewardScorer:
 
         Raises RewardError (see the module's text), and ValueError for columns that are missing or of another length.
         """
-        batch = Batch(prompts, completions, completion_ids, columns, group_ids)
+        batch = Batch(prompts, completions, completion_ids, columns, group_ids, self.trainer_state)
         rows_of = {entry.name: self._rows(entry, batch) for entry in self.entries}
         called = [entry for entry in self.entries if rows_of[entry.name]]
         waiting = {entry.name: self._start(entry, batch, rows_of[entry.name]) for entry in called if entry.is_async}
@@ -202,6 +205,16 @@ class RewardScorer:
         if problems:
             raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
 
+    def check_machine(self) -> None:
+        """Whether the functions can run here; call it before a run starts to pay. ValueError says what is missing."""
+        for entry in self.entries:
+            check = getattr(entry.function, "check_machine", None)
+            try:
+                if check is not None:
+                    check()
+            except RuntimeError as error:
+                raise ValueError(f"reward function {entry.name!r}: {error}") from error
+
     def _rows(self, entry: RewardEntry, batch: Batch) -> list[int]:
         """The rows that the function applies to."""
         rows = list(range(len(batch.completions)))
@@ -241,7 +254,7 @@ class RewardScorer:
             return
         for row, verdict in zip(rows, given, strict=True):
             if verdict.status in ("error", "timeout") and verdict.score.value is None:
-                columns = {key: _excerpt(repr(values[row]), 60) for key, values in batch.columns.items()}
+                columns = {key: shown(values[row], 60) for key, values in batch.columns.items()}
                 raise RewardError(
                     f"reward function {entry.name!r} ({entry.path}) failed on row {row}: {verdict.score.reason}\n"
                     f"  columns: {columns}\n"

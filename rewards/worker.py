@@ -30,9 +30,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rewards.registry import load_function
+from rewards.shown import shown_error
 
 _PR_SET_PDEATHSIG = 1
 _OWNER_POLL_S = 1.0
@@ -110,7 +112,7 @@ class Template:
         try:
             importlib.import_module(module)
         except Exception as error:  # a worker that needs the module meets the same, and says so
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": shown_error(error)}
         return {}
 
     def _spawn(self, *, memory_bytes: int, fds: list[int]) -> dict[str, Any]:
@@ -125,7 +127,10 @@ class Template:
         return {"pid": pid}
 
     def _kill(self, *, pid: int, died: bool, fds: list[int]) -> dict[str, Any]:
-        """Kill a worker with all that it started; the reply holds the signal that had ended it before, or None."""
+        """Kill a worker with all that it started; the reply holds the signal that had ended it before, or None. That of
+        a template before this one died with it."""
+        if pid not in self._children:
+            return {"signal": None}
         ended, status = os.waitpid(pid, os.WNOHANG)
         for _ in range(_EXIT_POLLS if died else 0):  # its sockets close a moment before it can be waited for
             if ended:
@@ -146,6 +151,8 @@ def _work(data: socket.socket, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS has neither: there, end-of-file ends a worker, and only its time is limited
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # some sandboxes of containers have no such file
+            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, we go first, not the trainer
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     functions: dict[str, Callable[..., Any]] = {}
     try:
@@ -177,16 +184,16 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> bytes:
         return pickle.dumps(("memory", None, "MemoryError: the job needed more memory than its limit"))
     except (Exception, SystemExit) as error:
         # The border between a verifier and the run: whatever it raises is carried back by name, nothing is swallowed.
-        return pickle.dumps(("error", None, f"{type(error).__name__}: {error}"[:2000]))
+        return pickle.dumps(("error", None, shown_error(error)[:2000]))
 
 
 def _limit_cpu(limit_s: float) -> None:
     """The owner enforces the limit by the clock; this second lock holds when the owner itself is stopped or swapped
-    out."""
+    out. A job with threads may use all processors for that time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used = usage.ru_utime + usage.ru_stime
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit_s) + _CPU_GRACE_S, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit_s * (os.cpu_count() or 1)) + _CPU_GRACE_S, hard))
 
 
 def main() -> None:

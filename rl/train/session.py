@@ -94,8 +94,8 @@ def open_session(recipe: Recipe, *, stage: Stage, resume: bool, start_from: Path
 
 
 def make_scorer(recipe: Recipe) -> RewardScorer:
-    """The recipe's reward functions. ValueError for unknown names or parameters, for weights that are all 0, and for an
-    eval.metric that is none of them."""
+    """The recipe's reward functions. ValueError for unknown names or parameters, for weights that are all 0, for an
+    eval.metric that is none of them, and for a function that cannot run on this machine."""
     rewards = recipe.rewards
     scorer = RewardScorer(
         rewards.reward_funcs, rewards.reward_weights, on_error=rewards.on_error, task_column=rewards.task_column
@@ -103,6 +103,7 @@ def make_scorer(recipe: Recipe) -> RewardScorer:
     if not any(entry.weight for entry in scorer.entries):
         raise ValueError("rewards.reward_funcs: the weights of all functions are 0; at least one must differ")
     rightness_functions(scorer.entries, recipe.eval.metric)
+    scorer.check_machine()
     return scorer
 
 

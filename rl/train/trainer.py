@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from rewards.base import TrainerState
 from rewards.scorer import RewardScorer
 from rl.config import Recipe
 from rl.data import ProblemOrder, fingerprint
@@ -166,6 +167,7 @@ class GRPOTrainer:
     def step(self, step: int) -> tuple[dict[str, float], Experience]:
         """GRPO step number `step` (0-based): its metrics (the same on every rank) and what was sampled."""
         recipe, clock, began = self.recipe, StageClock(), time.monotonic()
+        self.scorer.trainer_state = TrainerState(step, recipe.grpo.steps)
         problems = [self.train_set[i] for i in self.order.indices(step)]
         with self.learner.gathered():
             experience = collect(
@@ -228,6 +230,7 @@ class GRPOTrainer:
         if self.evaluator is None:
             return
         began = time.monotonic()
+        self.scorer.trainer_state = TrainerState(done, self.recipe.grpo.steps)
         with self.learner.gathered():
             evaluation: Evaluation = self.evaluator.run()
         if done == self.start_step:

@@ -166,6 +166,18 @@ def test_accuracy_is_that_of_the_function_that_the_recipe_names(tmp_path: Path) 
     assert len(rows) == 2 and not any("accuracy" in name for row in rows for name in row)
 
 
+def test_reward_functions_are_told_how_far_the_training_is(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def done(prompts, trainer_state): return [trainer_state.global_step] * len(prompts)"
+    )
+    wanted = f"--rewards.reward_funcs=[format, '{tmp_path}/own.py:done']"
+    trainer(tmp_path / "run", wanted, "--eval.eval_steps=2", "--eval.eval_on_start=true", steps=3).train()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["rewards/done/mean"] for row in rows if "reward" in row] == [0.0, 1.0, 2.0]
+    answers = read_rows(tmp_path / "run" / "evaluations.jsonl")
+    assert {(row["step"], row["scores"]["done"]) for row in answers} == {(0, 0.0), (2, 2.0), (3, 3.0)}
+
+
 def test_prompts_that_were_dropped_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "answer": "1"} for prompt in ("a1b+0=", "a0b+1=", "a1b+0c+0=", "a2b-1=", "a1b*1=")]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

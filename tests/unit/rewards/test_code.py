@@ -16,6 +16,7 @@ from rewards.code import code_format_reward, code_reward, extract_program, fence
 from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
 from rewards.pool import VerifierPool
 from rewards.sandbox import SandboxUnavailable, isolation_method
+from rewards.scorer import RewardScorer
 
 # One after the other: a fork bomb of one test uses up the processes that another may have.
 pytestmark = pytest.mark.xdist_group("sandbox")
@@ -57,6 +58,9 @@ ADD_LOOP = {
 }
 
 
+ADD_MAP = {"entry_point": "add", "tests": ["for a, b in zip(map(add, [1, 2], [3, 4]), [4, 6]):\n    assert a == b"]}
+
+
 @needs_isolation
 @pytest.mark.parametrize(
     ("program", "tests", "value", "says"),
@@ -70,11 +74,16 @@ ADD_LOOP = {
         ("class Solution:\n    def add(self, a, b): return a + b", ADD_CASES, 1.0, "2 of 2"),
         ("def add(a, b): return 3", ADD_CASES, 0.5, "returned 3"),
         ("def ad(a, b): return a + b", ADD_CASES, 0.0, "no function 'add'"),
+        ("def add(a, b): return a + b", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0, "1 of 1"),
+        ("def add(a, b): return [a + b]", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0, "1 of 1"),
+        ("def add(a, b): return [a, b]", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 0.0, "[1, 2]"),
         ("def add(a, b): return a + b", ADD_TESTS, 1.0, "2 of 2"),
         ("def add(a, b): return a + b", ADD_LOOP, 1.0, "2 of 2"),
         ("def add(a, b): return abs(a) + b + (a > 2)", ADD_LOOP, 0.5, "AssertionError: 3"),
         ("def add(a, b): return a +", ADD_TESTS, 0.0, "SyntaxError"),
         ("", SQUARES, 0.0, "answer|printed|fence"),
+        ("def add(a, b): return 10**5000", ADD_CASES, 0.0, "returned <no repr"),
+        ("def add(a, b): return 10**5000", ADD_LOOP, 0.0, "AssertionError: 0"),
     ],
 )
 def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says: str) -> None:
@@ -83,12 +92,47 @@ def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says
     assert any(part in score.reason for part in says.split("|")), score
 
 
+LONG = list(range(100_000, 120_000))
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("print(4)\nexit()", [{"input": "", "output": "4"}]),
+        ("print(4)\nquit(0)\nprint(5)", [{"input": "", "output": "4"}]),
+        (
+            "from concurrent.futures import ThreadPoolExecutor\nimport time\n"
+            "def wait(n):\n    time.sleep(0.1)\n    return n\n"
+            "with ThreadPoolExecutor(32) as threads: print(sum(threads.map(wait, range(64))))",
+            [{"input": "", "output": "2016"}],
+        ),
+        ("import sys\nprint(4)\nsys.stdout.close()", [{"input": "", "output": "4"}]),
+        ("import io, sys\nprint(4)\nsys.stdout = io.StringIO()\nprint(5)", [{"input": "", "output": "4"}]),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass Pair:\n    a: int\n    b: int\ndef add(a, b): return Pair(a, b).a + b",
+            ADD_CASES,
+        ),
+        ("class Node: pass\ndef f(x):\n    x.append(Node())\n    return 3",
+         {"entry_point": "f", "cases": [{"args": [[1]], "output": 3}]}),
+        ("def f(x): return x", {"entry_point": "f", "cases": [{"args": [LONG], "output": LONG}] * 20}),
+    ],
+    ids=["exit", "quit", "threads", "closed output", "other output", "dataclass", "changed argument", "long values"],
+)  # fmt: skip
+def test_honest_programs_are_paid_in_full(pool: VerifierPool, program: str, tests: Any) -> None:
+    score = grade(pool, program, tests, time_limit_s=5.0, program_limit_s=20.0)
+    assert score.value == 1.0, score
+
+
 CHEATS_FILE = Path(__file__).parents[2] / "data" / "rewards" / "code_cheats.txt"
 CHEATS = {name: body for name, _, body in (part.partition("\n") for part in CHEATS_FILE.read_text().split("### ")[1:])}
 
 
 @needs_isolation
-@pytest.mark.parametrize("tests", [ADD_CASES, ADD_TESTS, ADD_LOOP], ids=["calls", "asserts", "test code"])
+@pytest.mark.parametrize(
+    "tests", [ADD_CASES, ADD_TESTS, ADD_LOOP, ADD_MAP], ids=["calls", "asserts", "test code", "map"]
+)
 def test_no_cheat_is_paid(pool: VerifierPool, tests: Any) -> None:
     programs = [tagged(program) for program in CHEATS.values()]
     scores = code_reward([""] * len(programs), programs, tests=[tests] * len(programs), pool=pool, time_limit_s=0.5)
@@ -158,15 +202,27 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
             "assert list(pairs({'a': 1})) == [('a', 1)]\nassert math.isnan(fail(math.nan))",
             "assert fail(2**70) == 2**70",
             "def check(candidate):\n    assert candidate([2, 1]) is None\n",
+            "try:\n    fail('own')\nexcept LookupError as e:\n    assert 'mine' in str(e)\nelse:\n    assert False",
+            "try:\n    fail('unicode')\nexcept ValueError as e:\n    pass\nelse:\n    assert False",
         ],
     }
     program = (
         "def sort(x): x.sort()\n"
-        "def fail(x):\n    if x < 0: raise ValueError('negative')\n    return x\n"
+        "class Mine(LookupError): pass\n"
+        "def fail(x):\n    if x == 'own': raise Mine('mine')\n    if x == 'unicode': b'\\xff'.decode()\n"
+        "    if x < 0: raise ValueError('negative')\n    return x\n"
         "def pairs(d): return iter(d.items())\n"
     )
     score = grade(pool, program, tests)
     assert score.value == 1.0, score
+
+
+@needs_isolation
+@pytest.mark.parametrize("test", ["def test_add():\n    assert add(1, 2) == 3", "import math"])
+def test_a_test_that_calls_nothing_is_an_error_of_the_row(pool: VerifierPool, test: str) -> None:
+    """It would pass with every program."""
+    score = grade(pool, "def add(a, b): return 0", {"entry_point": "add", "tests": [test]})
+    assert score.value is None and score.rule == "error" and "never calls add" in score.reason
 
 
 @needs_isolation
@@ -177,6 +233,16 @@ def test_all_or_nothing_and_time_limits(pool: VerifierPool) -> None:
     started = time.monotonic()
     slow = grade(pool, "import time\ntime.sleep(60)", SQUARES * 10, time_limit_s=0.2, program_limit_s=0.5)
     assert slow.value == 0.0 and slow.rule == "timeout" and time.monotonic() - started < 5
+
+
+@needs_isolation
+def test_the_memory_of_a_program_is_a_setting(pool: VerifierPool) -> None:
+    program, tests = "print(len(bytearray(600 << 20)))", [{"input": "", "output": str(600 << 20)}]
+    assert grade(pool, program, tests, memory_limit_mb=1024).value == 1.0
+    assert "MemoryError" in grade(pool, program, tests).reason
+    for allowed in (32, 10**5):
+        with pytest.raises(ValueError, match=r"memory_limit_mb: .* is not allowed; 64 to 2048"):
+            RewardScorer([{"func": "code", "params": {"memory_limit_mb": allowed}}])
 
 
 @needs_isolation
@@ -203,6 +269,24 @@ def test_programs_a_second(pool: VerifierPool) -> None:
     # 30 and more on two idle cores, which scripts/bench_rewards.py measures; here other work on the machine must not
     # fail the suite.
     assert max(rates) > 10
+
+
+@needs_isolation
+@pytest.mark.parametrize("style", ["stdin", "calls"])
+def test_a_sandbox_that_falls_silent_costs_its_case(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next case loads the program into the sandbox that takes its place."""
+    monkeypatch.setattr("rewards.sandbox._GRACE_S", -1.0)  # gives up before the sandbox itself does
+    monkeypatch.setattr(code_runner, "_sandboxes", {})
+    program = (
+        "import time\ndef f(n):\n    time.sleep(5 * n)\n    return n\n"
+        "if __name__ == '__main__': print(f(int(input())))\n"
+    )
+    cases: dict[str, list[Any]] = {
+        "stdin": [StdinCase(str(n), str(n)) for n in (0, 1, 0)],
+        "calls": [CallCase("f", (n,), n) for n in (0, 1, 0)],
+    }
+    result = code_runner.run_program(program, cases[style], code_runner.Limits(case_s=2.0))
+    assert (result["passed"], result["failure"], result["timed_out"]) == (2, "case 1: timeout", True), result
 
 
 def test_refuses_loudly_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +350,7 @@ def test_rows_without_tests_or_program(pool: VerifierPool) -> None:
         ("<answer>text\n```py\nx\n```\n```text\ny\n```</answer>", True, "x\n"),
         ("```py\nx\n```\ntext\n```\ny\n```", False, "y\n"),
         ("<answer>print(1)</answer>", True, "print(1)"),
+        ("<answer>\n  ```py\n  if x:\n    y\n\n  z\n  ```\n</answer>", True, "if x:\n  y\n\nz\n"),
         ("<answer>```cpp\nx\n```</answer>", True, None),
         ("<think>```python\nx\n```</think>no", True, None),
         ("<answer>1</answer><answer>2</answer>", True, None),
@@ -311,6 +396,15 @@ def test_code_format() -> None:
             {"entry_point": "f", "tests": ["assert f(-1, k=[2]) == (3,)"]},
             [CallCase("f", (-1,), (3,), {"k": [2]}, exact=True)],
         ),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [[3]]}, [CallCase("f", (1,), [3], boxed=True)]),
+        (
+            {"fn_name": "f", "inputs": [[1]] * 2, "outputs": [[3], 3]},
+            [CallCase("f", (1,), [3]), CallCase("f", (1,), 3)],
+        ),
+        (
+            {"entry_point": "f", "tests": ["assert f(1) == 2"], "setup": "x = 1"},
+            [ScriptCase("x = 1\nassert f(1) == 2", ("f",))],
+        ),
         ({"entry_point": "f", "tests": "assert f(x) == 3"}, [ScriptCase("\nassert f(x) == 3", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
@@ -324,7 +418,12 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
     "raw",
     ["{", "3", 3, [], [{"input": 1, "output": "b"}], {"inputs": ["a"], "outputs": []}, {"tests": ["assert 1"]}, {},
      {"entry_point": "f g", "tests": ["assert 1"]}, {"entry_point": "f", "cases": [{"args": [1]}]},
-     {"entry_point": ["f", "g"], "cases": []}],
+     {"entry_point": ["f", "g"], "cases": []}, {"entry_point": "f", "tests": ["assert f(1) = 2"]},
+     {"entry_point": "f", "tests": ["assert f(1) == 2", "def check(candidate):\n    assert candidate(1"]},
+     {"entry_point": "f", "setup": "import", "tests": ["assert f(1) == 2"]}, {"entry_point": 3, "tests": ["pass"]},
+     {"entry_point": "f", "cases": None}, {"entry_point": "f", "cases": [{"args": [1], "output": 2, "kwargs": [3]}]},
+     [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
+     [{"input": "1", "output": "2", "testtype": "functional"}]],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
     with pytest.raises(ValueError, match="tests: "):
@@ -351,6 +450,7 @@ def test_same_output(printed: str, expected: str, same: bool) -> None:
         (2.1, 2.0, False), (10**400, 1.0, False), ("2", 2, False), ({1: "a"}, {"1": "a"}, True),
         ({"a": 1}, {"a": 2}, False),
         ({"a": 1, "b": 2}, {"a": 1}, False), (None, None, True), (None, 0, False), (iter([1, 2]), [1, 2], True),
+        ({10**5000: 1}, {"a": 1}, False),
         ({1, 2}, [1, 2], False), ("ab", ["a", "b"], False), (float("nan"), 1.0, False),
     ],
 )  # fmt: skip

@@ -27,12 +27,14 @@ class Judge:
         self.counters = Counters()
         self.questions: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.answer: Callable[[str, int], Reply] = lambda question, number: says('{"score": 7}')
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                judge.bodies.append(body)
                 question = body["messages"][0]["content"]
                 judge.questions.append(question)
                 judge.headers.append(dict(self.headers))
@@ -40,16 +42,21 @@ class Judge:
                 self.send_response(code)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text.encode())))
+                if not {"Content-Length", "Blanks"} & headers.keys():
+                    self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
+                for _ in range(int(headers.get("Blanks", 0))):
+                    self.wfile.write(b" ")
+                    threading.Event().wait(0.02)
                 self.wfile.write(text.encode())
+                threading.Event().wait(0.5 if "Content-Length" in headers else 0.0)  # promised more than comes
 
             def log_message(self, *_: Any) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 def says(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Reply:
@@ -87,12 +94,32 @@ def test_rubric(judge: Judge, text: str, value: float) -> None:
     assert ask(judge, ["r"])[0].value == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["seven", '{"score": "high"}', '{"score": true}', "", '{"points": 3}'])
+UNREADABLE = ["seven", '{"score": "high"}', '{"score": true}', "", '{"points": 3}', '{"score": 1e999}']
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_an_answer_without_a_verdict_is_a_failure_not_a_zero(judge: Judge, text: str) -> None:
     judge.answer = lambda question, number: says(text)
-    (score,) = ask(judge, ["r"])
+    (score,) = ask(judge, ["r"], retries=2, usd_per_million_prompt_tokens=1.0)
     assert score.value is None and score.rule == "error"
-    assert judge.counters.take()["failures"] == 1
+    counted = judge.counters.take()
+    assert counted["failures"] == 1 and counted["calls"] == len(judge.questions) == 3  # every answer was paid for
+    assert counted["cost_usd"] == pytest.approx(300 / 1e6)
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_an_answer_without_a_verdict_is_asked_for_again_and_not_kept(judge: Judge, text: str, tmp_path: Path) -> None:
+    judge.answer = lambda question, number: says(text if number == 1 else '{"score": 7}')
+    assert ask(judge, ["r"])[0].value == 0.7 and judge.counters.take()["retries"] == 1
+    judge.questions.clear()
+    assert ask(judge, ["r"], retries=0, cache_folder=str(tmp_path))[0].value is None
+    assert ask(judge, ["r"], retries=0, cache_folder=str(tmp_path))[0].value == 0.7
+
+
+def test_a_refusal_whose_body_does_not_come_costs_its_row(judge: Judge) -> None:
+    judge.answer = lambda question, number: (503, {"Content-Length": "300"}, "") if number < 3 else says('{"score": 7}')
+    assert ask(judge, ["r"], timeout_s=0.2)[0].value == 0.7
+    assert judge.counters.take()["retries"] == 2
 
 
 def test_pairwise_asks_in_both_orders(judge: Judge) -> None:
@@ -108,6 +135,60 @@ def test_pairwise_asks_in_both_orders(judge: Judge) -> None:
     judge.answer = lambda question, number: says('{"winner": "tie"}')
     scores = ask(judge, ["mine", "mine"], mode="pairwise", reference_column="ref", ref=["theirs", None])
     assert [score.value for score in scores] == [0.5, None]
+
+
+def longest(question: str, number: int) -> Reply:
+    """A judge that prefers the longest response; the first one where both are as long."""
+    first, second = (re.search(rf"<<<{place} \w+>>>\n(.*)\n<<</{place}", question) for place in "AB")
+    assert first is not None and second is not None
+    return says(json.dumps({"winner": "A" if len(first[1]) >= len(second[1]) else "B"}))
+
+
+def test_group_compares_the_completions_of_a_prompt(judge: Judge) -> None:
+    judge.answer = longest
+    scores = ask(judge, ["bbb", "a", "cc", "x", "yyyyyy"], mode="group", group_ids=[4, 4, 4, 7, 7])
+    assert [score.value for score in scores] == [1.0, 0.0, 0.5, 0.0, 1.0]
+    assert len(judge.questions) == 3 * 2 + 2 * 1 and scores[2].reason == "won 1 of 2 comparisons"
+    # as long as each other: each wins in the first place, which is a tie
+    assert [score.value for score in ask(judge, ["aa", "bb", "c"], mode="group", group_ids=[0] * 3)] == [0.75, 0.75, 0]
+    judge.questions.clear()
+    scores = ask(judge, ["same", "same", "alone"], mode="group", group_ids=[0, 0, 1])
+    assert [score.value for score in scores] == [0.5, 0.5, None] and judge.questions == []
+
+
+@pytest.mark.parametrize(("size", "rounds", "met"), [(2, 1, 1), (5, 1, 2), (6, 2, 4), (6, 3, 5), (6, 99, 5), (3, 1, 2)])
+def test_rounds_bound_the_comparisons_of_a_group(judge: Judge, size: int, rounds: int, met: int) -> None:
+    judge.answer = longest
+    responses = ["x" * length for length in range(1, size + 1)]
+    scores = ask(judge, responses, mode="group", group_ids=[0] * size, rounds=rounds)
+    assert len(judge.questions) == size * met  # two orders for each pair
+    assert all(score.reason.endswith(f"of {met} comparisons") for score in scores)
+    assert scores[0].value == 0.0 and scores[-1].value == 1.0
+
+
+def test_a_comparison_that_fails_costs_both_of_its_completions(judge: Judge) -> None:
+    judge.answer = lambda question, number: (401, {}, "") if "bad" in question else says('{"winner": "tie"}')
+    scores = ask(judge, ["bad", "b", "c", "d"], mode="group", group_ids=[0] * 4, rounds=1)
+    assert [score.value for score in scores] == [None, None, 0.5, None]
+    assert scores[0].rule == "error" and judge.counters.take()["failures"] == 2
+
+
+def test_groups_in_the_scorer(judge: Judge) -> None:
+    judge.answer = longest
+    entry = {"func": "judge", "params": {"base_url": judge.url, "model": "m", "mode": "group"}}
+    scorer = RewardScorer([{**entry, "when": {"column": "task", "equals": "chat"}}])
+    columns = {"task": ["chat", "math", "chat", "chat"]}
+    batch = scorer.score(["p"] * 4, ["a", "bbbb", "cc", "ddd"], [[0]] * 4, columns, [0] * 4)
+    assert batch.rewards == [0.0, None, 0.5, 1.0]
+    scorer.close()
+
+
+def test_the_body_of_a_request_can_be_changed(judge: Judge) -> None:
+    ask(judge, ["r"])
+    ask(judge, ["r"], request={"max_completion_tokens": 99, "max_tokens": None, "temperature": None})
+    usual, changed = ({key: body[key] for key in body if key != "messages"} for body in judge.bodies)
+    assert usual == {"model": "m", "temperature": 0.0, "max_tokens": 512}
+    assert changed == {"model": "m", "max_completion_tokens": 99}
 
 
 def test_busy_servers_are_asked_again_and_refusals_are_not(judge: Judge) -> None:
@@ -133,6 +214,12 @@ def test_malformed_replies(judge: Judge, body: str) -> None:
     judge.answer = lambda question, number: (200, {}, body)
     (score,) = ask(judge, ["r"], retries=1)
     assert score.value is None and score.rule == "error" and len(judge.questions) == 2
+
+
+def test_the_time_of_a_request_is_for_all_of_it(judge: Judge) -> None:
+    judge.answer = lambda question, number: (200, {"Blanks": "100" if number == 1 else "3"}, says('{"score": 7}')[2])
+    assert ask(judge, ["r"], timeout_s=0.5)[0].value == 0.7
+    assert judge.counters.take()["retries"] == 1
 
 
 def test_nobody_answers(judge: Judge) -> None:
@@ -241,6 +328,16 @@ def test_in_the_scorer_with_key_and_metrics(judge: Judge, monkeypatch: pytest.Mo
         ({"base_url": "http://x/v1", "model": "m", "mode": "pairwise"}, "reference_column: missing"),
         ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
         ({"base_url": "http://x/v1", "model": "m", "concurrency": 0}, "concurrency: 0"),
+        ({"base_url": "http://x/v1", "model": "m", "retries": 1.5}, "retries: 1.5 is not allowed; a whole number"),
+        ({"base_url": "http://x/v1", "model": "m", "timeout_s": "1"}, "timeout_s: '1' is not allowed; a finite number"),
+        ({"base_url": "http://x/v1", "model": "m", "rounds": 2}, "rounds: has no effect with mode rubric"),
+        ({"base_url": "http://x/v1", "model": "m", "mode": "group", "rounds": 0}, "rounds: 0 is not allowed"),
+        ({"base_url": "http://x/v1", "model": "m", "mode": "group", "max_score": 5}, "max_score: has no effect"),
+        ({"base_url": "http://x/v1", "model": "m", "request": 5}, "request: 5 is not allowed; a mapping"),
+        (
+            {"base_url": "http://x/v1", "model": "m", "mode": "group", "reference_column": "ref"},
+            "reference_column: has no effect with mode group",
+        ),
     ],
 )
 def test_wrong_settings_are_told_at_construction(params: dict[str, Any], says_: str) -> None:

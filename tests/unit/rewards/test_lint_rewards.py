@@ -28,6 +28,11 @@ def splits(completions, answer):
 def numeric(completions, answer):
     inner = [text.rpartition("<answer>")[2].partition("</answer>")[0].strip() for text in completions]
     return [float(text == gold.strip() and gold.strip().isdigit()) for text, gold in zip(inner, answer)]
+def divides(completions, size):
+    from rewards.base import Score
+    return [1 / n if n else Score(None, "no size", rule="error") for n in size]
+def rolls_by_group(completions, group_ids, **columns): return rolls(completions)
+def rank(completions, group_ids, **columns): return [None if group_ids.count(g) == 1 else 1.0 for g in group_ids]
 def rolls(completions): return [random.random() for _ in completions]
 def tells(completions, answer):
     from rewards.base import Score
@@ -69,7 +74,16 @@ def test_exceptions_and_chance_are_found(file: str) -> None:
     assert any(
         "fails on" in problem and "IndexError" in problem for problem in lint_function(f"{file}:splits").problems
     )
-    assert any("not deterministic" in problem for problem in lint_function(f"{file}:rolls").problems)
+    for name in ("rolls", "rolls_by_group"):
+        assert any("not deterministic" in problem for problem in lint_function(f"{file}:{name}").problems)
+    needs_others = lint_function(f"{file}:rank")
+    assert needs_others.problems == [] and "nothing about it was tried" in needs_others.notes[0]
+
+
+def test_rows_that_a_function_fails_on_are_named(file: str) -> None:
+    rows = [{"question": "q", "size": size} for size in (3, 0, 5)]
+    report = lint_function(f"{file}:divides", rows)
+    assert report.problems[-2:] == ["fails on 1 of 3 rows", "  row 2: no size"], report.problems
 
 
 def test_columns_that_are_missing_or_nearly_right(file: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -44,6 +46,8 @@ def functions(tmp_path: Path) -> str:
         "def noisy(): print('x' * 100000); sys.stdin.read(); return 1\n"
         "def recurse(n=0): return recurse(n + 1)\n"
         "def pid(): return os.getpid()\n"
+        "hoard = []\n"
+        "def leak(number): hoard.append(bytearray(100 << 20)); return number\n"
         "def deaf():\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    while True: pass\n"
@@ -76,6 +80,61 @@ def test_memory_errors_and_deaths_are_told_apart(pool: VerifierPool, functions: 
     assert "SIGABRT" in pool.map("os:abort", [()])[0].error
     assert pool.map("os:_exit", [(0,)])[0].status == pool.map("os:abort", [()])[0].status == "broken"
     assert pool.map(f"{functions}:deaf", [()], time_limit_s=0.3)[0].status == "timeout"
+
+
+def test_workers_are_the_first_to_go_when_memory_runs_out(pool: VerifierPool) -> None:
+    """And with them what they start; the trainer, the largest process, would be the kernel's own choice."""
+    (outcome,) = pool.map("subprocess:getoutput", [("cat /proc/self/oom_score_adj",)])
+    assert outcome.value == "1000" != Path("/proc/self/oom_score_adj").read_text().strip()
+
+
+def test_the_processor_time_of_a_job_is_that_of_all_its_threads(pool: VerifierPool) -> None:
+    (outcome,) = pool.map("resource:getrlimit", [(resource.RLIMIT_CPU,)], time_limit_s=50.0)
+    assert 50 * (os.cpu_count() or 1) < outcome.value[0] < 50 * (os.cpu_count() or 1) + 20
+
+
+def test_a_job_does_not_pay_for_the_memory_of_earlier_ones(functions: str) -> None:
+    with VerifierPool(workers=1, memory_limit_mb=512) as fresh:
+        outcomes = fresh.map(f"{functions}:leak", [(number,) for number in range(8)])
+        assert [outcome.value for outcome in outcomes] == list(range(8)), outcomes
+        assert fresh.map("operator:mul", [(b"x", 1 << 30)])[0].status == "memory"
+
+
+def test_a_template_that_does_not_answer_is_no_timeout_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    with VerifierPool(workers=1) as fresh:
+        with monkeypatch.context() as patch:
+            patch.setattr("rewards.pool._LOAD_LIMIT_S", 0.001)
+            (outcome,) = fresh.map("operator:add", [(1, 2)])
+            assert outcome.status == "broken" and "silent for 0.001 s" in outcome.error, outcome
+        assert fresh.map("operator:add", [(1, 2)])[0].value == 3
+
+
+def test_a_template_that_is_killed_costs_the_jobs_that_ran_and_nothing_more() -> None:
+    """As by a kernel that is out of memory. The slots go on, and ask no template for workers of the one before."""
+    with VerifierPool(workers=4, time_limit_s=20.0) as fresh:
+        fresh.map("operator:add", [(1, 2)] * 4)
+        for _ in range(5):
+            running = [fresh.submit("time:sleep", (10,)) for _ in range(4)]
+            waiting = [fresh.submit("operator:add", (number, 1)) for number in range(8)]
+            while not all(future.running() for future in running):
+                time.sleep(0.01)
+            time.sleep(0.05)
+            template = fresh._template._process
+            assert template is not None
+            template.kill()
+            assert [future.result(timeout=10).status for future in running] == ["broken"] * 4
+            assert [future.result(timeout=10).value for future in waiting] == list(range(1, 9))
+
+
+def test_an_idle_worker_that_is_killed_costs_nothing() -> None:
+    with VerifierPool(workers=2) as fresh:
+        workers = {outcome.value for outcome in fresh.map("os:getpid", [()] * 8)}
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        while any(map(_alive, workers)):
+            time.sleep(0.01)
+        outcomes = fresh.map("operator:add", [(number, 1) for number in range(8)])
+        assert [outcome.value for outcome in outcomes] == list(range(1, 9)), outcomes
 
 
 def test_replies_hold_plain_data_only(pool: VerifierPool, functions: str) -> None:
@@ -194,6 +253,7 @@ def test_close_ends_jobs_that_run_or_wait() -> None:
 
 def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr("rewards.pool._CONTROL_GROUP", Path("/nowhere"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert default_workers() == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -205,6 +265,30 @@ def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert default_workers() == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "workers"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "300000 100000\n"}, 3),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_workers_keep_to_the_quota_of_a_container(
+    files: dict[str, str], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("rewards.pool._CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers() == workers
 
 
 LACKS_WHAT_MACOS_LACKS = """

@@ -181,21 +181,68 @@ def test_starts_within_a_fifth_of_a_second(method: Method) -> None:
 
 
 @needs_isolation
-def test_dies_with_whoever_started_it() -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("busy", [False, True])
+def test_dies_with_whoever_started_it(method: Method, busy: bool) -> None:
+    """At once, also while a program runs that has an hour left and children of its own."""
+    program = "import os, time; os.fork() or os.setsid(); time.sleep(3600)"
     script = (
-        "import sys, time; from rewards.sandbox import Sandbox; s = Sandbox(); s.load('pass'); "
-        "print(s._process.pid, flush=True); time.sleep(60)"
+        "import sys, time; from rewards.sandbox import Sandbox\n"
+        f"s = Sandbox(method={method!r}); s.load({program!r}); print(s._process.pid, flush=True)\n"
+        f"s.run('', limit_s=3600) if {busy} else time.sleep(3600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     launched = int(owner.stdout.readline())
+    wanted = 4 if busy else 2  # the launcher, process 1, and the two of the program
+    deadline = time.monotonic() + 10
+    while len(started := [launched, *_descendants(launched)]) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(started) == wanted
     owner.kill()
     owner.wait()
     owner.stdout.close()
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and _runs(launched):
+    while time.monotonic() < deadline and any(map(_runs, started)):
         time.sleep(0.02)
-    assert not _runs(launched)
+    assert not any(map(_runs, started))
+
+
+@needs_isolation
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sandbox_that_was_killed_while_idle_costs_no_program(method: Method) -> None:
+    with Sandbox(method=method) as sandbox:
+        sandbox.load("print(1)")
+        assert sandbox._process is not None
+        for pid in _descendants(sandbox._process.pid):
+            os.kill(pid, 9)
+        sandbox._process.wait()
+        assert sandbox.load("print(2)").status == "ok" and sandbox.run("").stdout == "2\n"
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [found for child in children for found in (child, *_descendants(child))]
+
+
+@needs_isolation
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandboxes have user namespaces of their own")
+def test_sandboxes_of_neighbouring_workers_do_not_share_a_user() -> None:
+    """Else a fork bomb in one leaves an honest program in the other no process."""
+    script = (
+        "import os, sys; pid = int(sys.argv[1]); os.getpid = lambda: pid\n"
+        "from rewards.sandbox import Sandbox\n"
+        "for _ in range(4):\n"
+        "    with Sandbox() as s: s.load('import os; print(os.getuid())'); print(s.run('').stdout, end='')\n"
+    )
+    users: list[str] = []
+    for pid in ("100", "101"):
+        done = subprocess.run([sys.executable, "-c", script, pid], capture_output=True, text=True, timeout=60)
+        users += done.stdout.split()
+    assert len(users) == 8 and len(set(users)) >= 7, users  # drawn from 40,000: two pairs of equals are one in 10^8
 
 
 def _runs(pid: int) -> bool:

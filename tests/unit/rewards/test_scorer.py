@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rewards.base import Score
+from rewards.base import Score, TrainerState
 from rewards.scorer import RewardError, RewardScorer, ScoredBatch, merge_batches
 
 FUNCTIONS = """
@@ -45,6 +45,8 @@ def allocates(completions): return [float(len(bytearray(600 << 20)) > 0) for _ i
 def messages(prompts, completions):
     whole = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
     return [float(pair == whole) for pair in zip(prompts, completions)]
+def first_role_and_text(prompts, **columns):
+    return [Score(1.0, "{role}: {content}".format(**messages[0])) for messages in prompts]
 def everything(prompts, completions, completion_ids, **kwargs): return [float(len(kwargs))] * len(prompts)
 class Tensor:
     def __init__(self, values): self.values = values
@@ -52,6 +54,25 @@ class Tensor:
 def tensor(completions): return Tensor([0.25] * len(completions))
 def wants_column(completions, missing_column): return [1.0] * len(completions)
 def positional(completions, /): return []
+def progress(completions, trainer_state):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+class Scalar:  # as a number of numpy or torch
+    def __init__(self, *values): self.values = values
+    def item(self):
+        if len(self.values) != 1: raise ValueError("only one element can be converted")
+        return self.values[0]
+class Mute(Exception):
+    def __str__(self): raise OSError("no message")
+    __repr__ = __str__
+def scalars(completions): return [Scalar(0.5) for _ in completions]
+def scores_of_scalars(completions): return [Score(Scalar(0.5), "half") for _ in completions]
+def scores_of_truth(completions): return [Score(True) for _ in completions]
+def vectors(completions): return [Scalar(0.5, 0.5) for _ in completions]
+def enormous(completions): return [10**5000 for _ in completions]
+def mute(completions): raise Mute()
+def mutes(completions): return [Mute() for _ in completions]
+async def cancels(completions): raise asyncio.CancelledError("by an inner task")
+def number_as_text(completions): return [Score(1.0, extracted=4) for _ in completions]
 def counts(completions, counters):
     counters.add(texts=len(completions))
     return [1.0] * len(completions)
@@ -99,6 +120,12 @@ def test_no_function_applies_gives_none(file: str) -> None:
         ("nans", "returned float nan, which is not finite"),
         ("raises", "KeyError: 'gone'"),
         ("raises_late", "OSError: refused"),
+        ("vectors", "returned Scalar <"),
+        ("enormous", "returned int <no repr: ValueError>, which is not finite"),
+        ("mute", "Mute, without a message: OSError"),
+        ("mutes", "returned Mute <no repr: OSError>, which is not a number"),
+        ("cancels", "CancelledError: by an inner task"),
+        ("number_as_text", "returned a Score whose extracted is int 4, which is not text"),
     ],
 )
 def test_errors_stop_with_name_row_and_text_or_are_masked(file: str, function: str, says: str) -> None:
@@ -141,6 +168,29 @@ def test_what_is_logged_of_a_row(file: str) -> None:
 def test_values_of_arrays_and_truth_values(file: str) -> None:
     batch = score(RewardScorer([f"{file}:tensor", f"{file}:equals"]), ["a", "b"], answer=["a", "a"])
     assert batch.rewards == [1.25, 0.25]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("function", ["scalars", "scores_of_scalars", "scores_of_truth"])
+def test_numbers_of_other_libraries_become_plain_ones(file: str, function: str, isolate: bool) -> None:
+    """A run's log could not be written with others, and a worker's reply not be read."""
+    batch = score(RewardScorer([{"func": f"{file}:{function}", "isolate": isolate}]), ["a"])
+    (value,) = batch.by_function[function]
+    assert value == (1.0 if function == "scores_of_truth" else 0.5) and type(value) is float
+    assert batch.scores[function][0].reason == ("half" if function == "scores_of_scalars" else "")
+
+
+def test_a_failure_without_a_message_is_told_from_a_worker_too(file: str) -> None:
+    batch = score(RewardScorer([{"func": f"{file}:mute", "isolate": True}], on_error="mask"), ["a"])
+    assert batch.scores["mute"][0].reason == "Mute, without a message: OSError"
+
+
+def test_conversational_prompts_are_those_of_the_dataset(file: str) -> None:
+    """TRL's come without the words of a template; `prompt` is the question before it."""
+    scorer = RewardScorer([{"func": f"{file}:first_role_and_text", "conversational": True}])
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    batch = scorer.score(["User: q\nAssistant:"] * 2, ["a", "b"], [[0]] * 2, {"prompt": ["q", system]}, [0, 1])
+    assert [score.reason for score in batch.scores["first_role_and_text"]] == ["user: q", "system: Be brief."]
 
 
 def test_parameters_columns_and_row_arguments(file: str) -> None:
@@ -216,6 +266,17 @@ def test_a_function_can_count(file: str) -> None:
     assert merge_batches(batches).metrics["rewards/again/texts"] == 3.0
     with pytest.raises(ValueError, match="isolate is not possible for a function that counts"):
         RewardScorer([{"func": f"{file}:counts", "isolate": True}])
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_function_can_ask_how_far_the_training_is(file: str, isolate: bool) -> None:
+    scorer = RewardScorer([{"func": f"{file}:progress", "isolate": isolate}])
+    scorer.check_columns([], source="data.train")  # it needs no column of that name
+    assert score(scorer, ["a"]).rewards == [0.0]
+    scorer.trainer_state = TrainerState(global_step=3, max_steps=4)
+    assert score(scorer, ["a", "b"]).rewards == [0.75, 0.75]
+    with pytest.raises(ValueError, match="params: 'trainer_state' is not allowed"):
+        RewardScorer([{"func": f"{file}:progress", "params": {"trainer_state": 1}}])
 
 
 def test_isolated_functions_are_killed_row_by_row(file: str) -> None:
@@ -314,6 +375,12 @@ def test_groups_scored_one_by_one_merge_to_the_same(file: str) -> None:
         ([{"func": "format", "isolate": 0}], None, "isolate: 0 is not allowed; true or false"),
         ([{"func": "format", "isolate": None}], None, "isolate: None is not allowed"),
         ([{"func": "accuracy", "params": {"tagged": "off"}}], None, "params: tagged: 'off' is not allowed"),
+        (
+            [{"func": "code", "params": {"time_limit_s": "2"}}],
+            None,
+            "params: time_limit_s: '2' is not .* finite number",
+        ),
+        ([{"func": "majority", "params": {"min_share": None}}], None, "params: min_share: None is not allowed"),
         ([{"func": "accuracy", "columns": {"gold_column": "gold"}}], None, "'gold_column' is a setting"),
         ([{"func": "accuracy", "params": {"completions": ["x"]}}], None, "'completions' is not allowed"),
         ([{"func": "code", "columns": {"tests": "cases"}, "params": {"tests": []}}], None, "both in params and"),
