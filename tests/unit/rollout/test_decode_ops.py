@@ -114,3 +114,12 @@ def test_stop_strings_end_at_the_first_token_that_completes_one() -> None:
     assert stops.cut(list("xyéz".encode()), 0) == 4  # two bytes: complete with the second
     with pytest.raises(ValueError, match="empty"):
         StopStrings(("",), decode)
+
+
+def test_stop_strings_of_characters_that_take_several_tokens_each() -> None:
+    """Looked at after every token, with a text before it that is longer than what is decoded again."""
+    string = "到此为止，谢谢你的提问。"
+    tokens = list(("-" * 100 + string).encode())
+    stops = StopStrings((string,), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    cuts = [stops.cut(tokens[: seen + 1], seen) for seen in range(len(tokens))]
+    assert cuts == [None] * (len(tokens) - 1) + [len(tokens)]
