@@ -15,11 +15,12 @@ from rl.rollout.stop_strings import StopStrings
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 64])
 @pytest.mark.parametrize("spread", ["random", "one expert", "first and last"])
-def test_experts_equal_the_reference(tokens: int, spread: str) -> None:
+@pytest.mark.parametrize(("width", "inner"), [(12, 8), (10, 7)])  # 10 and 7 floats are no multiple of 16 bytes
+def test_experts_equal_the_reference(tokens: int, spread: str, width: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    gate_up = torch.randn(6, 16, 12, generator=generator)
-    down = torch.randn(6, 12, 8, generator=generator)
-    x, weights = torch.randn(tokens, 12, generator=generator), torch.rand(tokens, 2, generator=generator)
+    gate_up = torch.randn(6, 2 * inner, width, generator=generator)
+    down = torch.randn(6, width, inner, generator=generator)
+    x, weights = torch.randn(tokens, width, generator=generator), torch.rand(tokens, 2, generator=generator)
     experts = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(tokens)])
     if spread == "one expert":
         experts = torch.tensor([4, 3]).repeat(tokens, 1)
