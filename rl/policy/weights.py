@@ -223,7 +223,10 @@ def _targets(policy: Policy, *, fused: bool) -> dict[str, torch.Tensor]:
 
 def _check_keys(files: CheckpointFiles, expected: set[str], *, num_layers: int) -> None:
     found = set(files.keys())
-    prediction = {key for key in found if (m := re.match(r"model\.layers\.(\d+)\.", key)) and int(m[1]) >= num_layers}
+    layer_of = {key: int(m[1]) for key in found if (m := re.match(r"model\.layers\.(\d+)\.", key))}
+    # A multi-token prediction layer joins the hidden state with the next embedding; without that it is a lost layer.
+    joining = {layer for key, layer in layer_of.items() if layer >= num_layers and key.endswith(".eh_proj.weight")}
+    prediction = {key for key, layer in layer_of.items() if layer in joining}
     if prediction:
         logger.info("%s: skipped %d tensors of multi-token prediction layers", files.folder, len(prediction))
     inverse_frequencies = {key for key in found if key.endswith(".rotary_emb.inv_freq")}  # derived, in some old files

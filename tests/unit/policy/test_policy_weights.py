@@ -126,10 +126,19 @@ def test_bad_config_names_the_file(tmp_path: Path) -> None:
 def test_prediction_layers_are_skipped_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = policy()
     save_policy(ours, tmp_path)
-    edit(tmp_path, lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(2)}))
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(2), "model.layers.2.self_attn.o_proj.weight": torch.ones(2)}
+    edit(tmp_path, lambda t: t.update(extra))
     with caplog.at_level(logging.INFO, logger="rl.policy.weights"):
         assert same(ours, load_policy(tmp_path))
-    assert "skipped 1 tensors of multi-token prediction layers" in caplog.text
+    assert "skipped 2 tensors of multi-token prediction layers" in caplog.text
+
+
+def test_layers_that_config_json_does_not_count_are_unexpected(tmp_path: Path) -> None:
+    save_policy(policy(num_hidden_layers=3), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.2\.input_layernorm\.weight"):
+        load_policy(tmp_path)
 
 
 def test_bf16_file_keeps_an_fp32_bias(tmp_path: Path) -> None:
