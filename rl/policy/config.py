@@ -275,6 +275,8 @@ def _check_dimensions(config: PolicyConfig) -> None:
         raise ValueError(_wrong("q_lora_rank", config.q_lora_rank, "null or an integer >= 1"))
     if config.qk_rope_head_dim % 2:
         raise ValueError(_wrong("qk_rope_head_dim", config.qk_rope_head_dim, "an even integer"))
+    if config.model_type == "deepseek_v2" and not config.rope_interleave:
+        raise ValueError(_wrong("rope_interleave", False, "true for deepseek_v2, whose files know no other layout"))
     for key in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
         if not getattr(config, key) > 0:
             raise ValueError(_wrong(key, getattr(config, key), "a number > 0"))

@@ -213,6 +213,7 @@ V3_SCALING = {
         ({"scoring_func": "softmax"}, r"scoring_func = 'softmax'; allowed: one of \['sigmoid'\] for deepseek_v3"),
         ({"topk_method": "greedy"}, r"topk_method = 'greedy'; allowed: one of \['noaux_tc'\]"),
         ({"model_type": "deepseek_v2", "norm_topk_prob": True}, r"norm_topk_prob = True; allowed: one of \[False\]"),
+        ({"model_type": "deepseek_v2", "rope_interleave": False}, r"rope_interleave = False; allowed: true for deepseek"),
         ({"n_group": 3}, r"n_group = 3; allowed: a divisor of n_routed_experts = 8"),
         ({"n_group": 8}, r"n_group = 8; allowed: two or more experts in each group"),
         ({"topk_group": 5}, r"topk_group = 5; allowed: 1 to n_group = 4"),
