@@ -283,6 +283,20 @@ def _check_dimensions(config: PolicyConfig) -> None:
     for key in ("first_k_dense_replace", "n_shared_experts"):
         if getattr(config, key) < 0:
             raise ValueError(_wrong(key, getattr(config, key), "an integer >= 0"))
+    if config.rope_scaling is not None:
+        _check_yarn(config.rope_scaling)
+
+
+def _check_yarn(yarn: YarnScaling) -> None:
+    allowed = {
+        "factor": (yarn.factor >= 1, "a number >= 1"),
+        "original_max_position_embeddings": (yarn.original_max_position_embeddings >= 1, "an integer >= 1"),
+        "beta_slow": (yarn.beta_slow > 0, "a number > 0"),
+        "beta_fast": (yarn.beta_fast >= yarn.beta_slow, f"a number >= beta_slow = {yarn.beta_slow:g}"),
+    }
+    for key, (fits, what) in allowed.items():
+        if not fits:
+            raise ValueError(_wrong(f"rope_scaling.{key}", getattr(yarn, key), what))
 
 
 def _check_experts(config: PolicyConfig) -> None:
