@@ -98,13 +98,15 @@ def load_any(
     device: torch.device | str = "cpu",
 ) -> Policy | HFPolicy:
     """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM. No code of the
-    checkpoint is run."""
+    checkpoint is run. ValueError: weights that the files lack (transformers would draw them at random)."""
     name = os.fspath(folder_or_hub_id)
     values = read_model_config(name)
     if values["model_type"] in OWN_TYPES:
         return load_policy(folder_or_hub_id, dtype=dtype, device=device)
     _check_supported(AutoConfig.from_pretrained(name))
-    inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    inner, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name!r}: not the files of a causal language model: {', '.join(missing[:8])} missing")
     return HFPolicy(inner.to(device))
 
 

@@ -121,6 +121,14 @@ def test_deepseek_goes_to_our_own_policy(tmp_path: Path) -> None:
     assert isinstance(load_any(tmp_path), Policy)
 
 
+def test_a_checkpoint_without_its_output_head_is_refused(tmp_path: Path) -> None:
+    """A reward model's files, say: transformers gives the missing matrix random numbers and a warning."""
+    policy = qwen(tie_word_embeddings=False)
+    policy.inner.base_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not the files of a causal language model: lm_head\.weight missing"):
+        load_any(tmp_path)
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_any(tmp_path)
