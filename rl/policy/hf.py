@@ -22,8 +22,17 @@ from rl.policy.model import Policy, PolicyOutput, init_policy
 from rl.policy.weights import load_policy, save_policy
 
 OWN_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-# Keys of transformers' configurations that change logits after the output head; lm_head alone would be wrong.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+# Keys of transformers' configurations that change logits outside the output head; lm_head alone would be wrong.
+_LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "logits_mup_width_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
 
 
 class HFPolicy(nn.Module):
@@ -171,9 +180,9 @@ def _check_supported(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model_type = {config.model_type!r} is an encoder-decoder; allowed: causal language models")
     for key, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, key, None)
+        value = getattr(config.get_text_config(), key, None)
         if value is not None and value != neutral:
             raise ValueError(
-                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits after lm_head; "
+                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits outside lm_head; "
                 f"allowed: {neutral!r} or absent"
             )

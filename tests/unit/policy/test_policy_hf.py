@@ -139,6 +139,9 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     [
         ({"model_type": "t5"}, "'t5' is an encoder-decoder; allowed: causal language models"),
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.02}, "lm_head_multiplier = 0.02"),
+        ({"model_type": "recurrent_gemma"}, "logits_soft_cap = 30.0"),
+        ({"model_type": "gemma3", "text_config": {"final_logit_softcapping": 9.0}}, "final_logit_softcapping = 9.0"),
         ({"model_type": "no_such_model"}, "model_type = 'no_such_model'"),
     ],
 )
