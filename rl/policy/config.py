@@ -174,7 +174,7 @@ class PolicyConfig:
         they carry keys of other programs."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if strict:
-            _refuse_unknown(values, fields | _KNOWN_BUT_UNUSED)
+            refuse_unknown(values, fields | _KNOWN_BUT_UNUSED)
         for key, allowed in _FIXED_VALUES.items():
             if key in values and values[key] not in allowed:
                 raise ValueError(_wrong(key, values[key], f"{allowed[0]!r}, the only one that is implemented"))
@@ -245,7 +245,8 @@ def _read(key: str, kind: str, value: Any) -> Any:
     return value
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+def refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+    """ValueError with the nearest name for a key of `values` that is not in `known`."""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -348,7 +349,7 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     if kind != "yarn":
         raise ValueError(_wrong(f"{key}.type", kind, "'default' or 'yarn'"))
     known = {field.name for field in dataclasses.fields(YarnScaling)}
-    _refuse_unknown(given, known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    refuse_unknown(given, known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     fields = dataclasses.fields(YarnScaling)
     scaling = {
         f.name: _read(f"{key}.{f.name}", str(f.type), given[f.name]) for f in fields if given.get(f.name) is not None

@@ -7,17 +7,19 @@ latents here.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rl.policy.attention import PackedLayout
-from rl.policy.config import PolicyConfig
+from rl.policy.config import PolicyConfig, refuse_unknown
 from rl.policy.model import Policy, PolicyOutput, init_policy
 from rl.policy.weights import load_policy, save_policy
 
@@ -33,6 +35,8 @@ _LOGIT_CHANGES = {
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
 }
+# Keys that every configuration of transformers understands, beside its own fields.
+_ANY_HF_TYPE = {"model_type", "attn_implementation", "head_dim", "rope_scaling", "rope_theta", "torch_dtype"}
 
 
 class HFPolicy(nn.Module):
@@ -130,16 +134,27 @@ def init_any(
     model_type = values.get("model_type", "deepseek_v3")
     if model_type in OWN_TYPES:
         return init_policy(PolicyConfig.from_dict(values), seed=seed, dtype=dtype, device=device)
-    others = {key: value for key, value in values.items() if key != "model_type"}
-    try:
-        config = AutoConfig.for_model(model_type, **others)
-    except ValueError as error:
-        raise ValueError(f"model config: model_type = {model_type!r}: {error}") from error
+    config = hf_config(values)
     _check_supported(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inner = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return HFPolicy(inner.to(device))
+
+
+def hf_config(values: Mapping[str, Any], *, by_hand: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """transformers' configuration of a `config.json`-like mapping. by_hand: those of its keys that a recipe spells out,
+    of which transformers must know each (files carry keys of other programs). ValueError names the key or the
+    model_type."""
+    model_type = values["model_type"]
+    others = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(model_type, **others)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model config: model_type = {model_type!r}: {error}") from error
+    fields = {field.name for field in dataclasses.fields(type(config))}
+    refuse_unknown(by_hand or {}, fields | set(config.attribute_map) | _ANY_HF_TYPE)
+    return config
 
 
 def save_any(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rl.config import ModelSection, Recipe
 from rl.policy.config import PolicyConfig
-from rl.policy.hf import OWN_TYPES, read_model_config
+from rl.policy.hf import OWN_TYPES, hf_config, read_model_config
 from rl.train.checkpoint import load_json
 
 AnyConfig: TypeAlias = PolicyConfig | PretrainedConfig
@@ -57,7 +57,7 @@ def policy_config(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> An
     try:
         if model_type in OWN_TYPES:
             return PolicyConfig.from_dict(values)
-        return AutoConfig.for_model(**{**values, "model_type": model_type})
+        return hf_config(values, by_hand=model.from_config if isinstance(model.from_config, dict) else None)
     except ValueError as error:
         raise ValueError(f"model.from_config: {error}") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rl.config import Recipe, load_recipe
 from rl.data import load_tokenizer
@@ -61,6 +62,14 @@ def test_what_a_policy_can_do_is_accepted(overrides: list[str]) -> None:
         (
             ["--model.from_config.n_routed_expert=8"],
             "model.from_config: policy config: unknown key 'n_routed_expert' = 8; did you mean 'n_routed_experts'?",
+        ),
+        (
+            [*LLAMA, "--model.from_config.hiden_act=gelu"],
+            "model.from_config: policy config: unknown key 'hiden_act' = 'gelu'; did you mean 'hidden_act'?",
+        ),
+        (
+            [*LLAMA, "--model.from_config.hidden_size=wide"],
+            "model_type = 'llama': Validation error for field 'hidden_size'",
         ),
         (["--model.from_config.vocab_size=20"], "model: the tokenizer has 32 tokens, the policy's vocab_size is 20"),
         (["--model.from_config=nowhere.json"], "model.from_config = 'nowhere.json': there is no file nowhere.json"),
@@ -136,6 +145,14 @@ def test_the_config_is_read_from_the_file_that_is_named(tmp_path: Path) -> None:
         return int(policy_config(model, load_tokenizer(model)).hidden_size)
 
     assert width(tmp_path / "small.json") == 64 and width(tmp_path) == 128
+
+
+def test_a_file_may_carry_keys_of_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**yaml.safe_load(AS_LLAMA), "rope_theta": 100.0, "use_mrope": False}))
+    check(f"--model.from_config={path}", *LLAMA[1:])
+    with pytest.raises(ValueError, match="unknown key 'use_mrope'"):
+        check(*LLAMA, "--model.from_config.rope_theta=100.0", "--model.from_config.use_mrope=false")
 
 
 def left_by_a_cold_start(recipe: Recipe, folder: Path) -> Path:
