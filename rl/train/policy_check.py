@@ -35,10 +35,9 @@ def check_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, start_fr
     """start_from: the folder of a cold start's policy, which must be of the shape that `model` describes."""
     config = policy_config(recipe.model, tokenizer)
     wrong = [*_does_not_fit(recipe, config), *_too_short(recipe, config)]
-    if len(tokenizer) > config.vocab_size:
-        wrong.append(
-            f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {config.vocab_size}"
-        )
+    vocab_size = _text(config).vocab_size
+    if len(tokenizer) > vocab_size:
+        wrong.append(f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {vocab_size}")
     if start_from is not None:
         wrong += _other_shape(config, _read_config(str(start_from)), start_from)
     if wrong:
@@ -139,7 +138,7 @@ def _other_shape(wanted: AnyConfig, found: AnyConfig, folder: Path) -> Iterator[
     if isinstance(wanted, PolicyConfig) and isinstance(found, PolicyConfig):
         names = tuple(field.name for field in dataclasses.fields(PolicyConfig))
     for name in names:
-        here, there = getattr(wanted, name, None), getattr(found, name, None)
+        here, there = getattr(_text(wanted), name, None), getattr(_text(found), name, None)
         if here != there:
             yield (
                 f"model: {name} = {here!r}, but the cold start left a policy with {there!r} in {folder}; give the cold "

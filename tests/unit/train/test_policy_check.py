@@ -155,6 +155,22 @@ def test_a_file_may_carry_keys_of_other_programs(tmp_path: Path) -> None:
         check(*LLAMA, "--model.from_config.rope_theta=100.0", "--model.from_config.use_mrope=false")
 
 
+def test_a_policy_that_reads_images_too_is_judged_by_its_text_part(tmp_path: Path) -> None:
+    def write(folder: Path, **text: int) -> list[str]:
+        folder.mkdir()
+        values = {"model_type": "gemma3", "text_config": {"vocab_size": 40, "max_position_embeddings": 256, **text}}
+        (folder / "config.json").write_text(json.dumps(values))
+        return [f"--model.name_or_path={folder}", "--model.from_config=null", "--rollout.engine=hf"]
+
+    base = write(tmp_path / "base", hidden_size=32)
+    check(*base)
+    with pytest.raises(ValueError, match="the policy's vocab_size is 20"):
+        check(*write(tmp_path / "narrow", vocab_size=20))
+    write(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(ValueError, match="model: hidden_size = 32, but the cold start left a policy with 64"):
+        check(*base, start_from=tmp_path / "wide")
+
+
 def left_by_a_cold_start(recipe: Recipe, folder: Path) -> Path:
     tokenizer = load_tokenizer(recipe.model)
     save_any(make_policy(recipe.model, tokenizer, seed=0, device=torch.device("cpu")), folder, tokenizer=tokenizer)
