@@ -68,7 +68,7 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> None:
     if x.dtype == torch.float32 and aligned:
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
     else:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)).contiguous())
         x.copy_(torch.view_as_real(pairs * turns).flatten(-2))
 
 

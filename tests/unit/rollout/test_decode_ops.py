@@ -49,6 +49,16 @@ def test_rotation_in_place(dtype: torch.dtype, offset: int) -> None:
     assert torch.equal(whole[..., offset + 6 :], untouched)
 
 
+def test_rotation_of_one_row_behind_a_latent_of_odd_rank() -> None:
+    """The slice is contiguous, but complex views cannot take where it begins."""
+    row = torch.randn(1, 11, generator=torch.Generator().manual_seed(0))
+    turns = torch.polar(torch.ones(1, 3), torch.rand(1, 3))
+    expected = row[:, 5:].clone()
+    ops.rotate(expected, turns)
+    ops.rotate(row[:, 5:], turns)
+    assert torch.equal(row[:, 5:], expected)
+
+
 # Rows of one group side by side, of groups mixed and uneven, prompt slots in any order, a single row.
 ARRANGEMENTS = {
     "regular": ([0, 0, 1, 1, 2, 2], [3, 40, 5]),
