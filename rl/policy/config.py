@@ -278,6 +278,11 @@ def _check_dimensions(config: PolicyConfig) -> None:
         raise ValueError(_wrong("qk_rope_head_dim", config.qk_rope_head_dim, "an even integer"))
     if config.model_type == "deepseek_v2" and not config.rope_interleave:
         raise ValueError(_wrong("rope_interleave", False, "true for deepseek_v2, whose files know no other layout"))
+    if config.model_type == "deepseek_v2" and config.hidden_size % config.num_attention_heads:
+        allowed = (
+            f"a multiple of num_attention_heads = {config.num_attention_heads} (transformers' rule for deepseek_v2)"
+        )
+        raise ValueError(_wrong("hidden_size", config.hidden_size, allowed))
     for key in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
         if not getattr(config, key) > 0:
             raise ValueError(_wrong(key, getattr(config, key), "a number > 0"))

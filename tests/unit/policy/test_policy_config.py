@@ -207,6 +207,10 @@ V3_SCALING = {
         ({"q_lora_rank": 0}, r"q_lora_rank = 0; allowed: null or"),
         ({"qk_rope_head_dim": 7}, r"qk_rope_head_dim = 7; allowed: an even integer"),
         ({"model_type": "llama"}, r"model_type = 'llama'; allowed: one of \['deepseek_v2', 'deepseek_v3', 'kimi_k2'\]"),
+        (
+            {"model_type": "deepseek_v2", "hidden_size": 30},
+            r"hidden_size = 30; allowed: a multiple of num_attention_heads",
+        ),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu'; allowed: 'silu'"),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0.1; allowed: 0"),
         ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; allowed: equal to num_attention_heads"),
