@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from rl.policy.attention import PackedLayout
 from rl.policy.config import PolicyConfig, refuse_unknown
@@ -102,6 +102,18 @@ def read_model_config(name: str) -> dict[str, Any]:
     if "model_type" not in values:
         raise ValueError(f"{name!r}: no config.json that names a model_type")
     return dict(values)
+
+
+def checkpoint_end_tokens(name: str) -> tuple[int, ...]:
+    """Tokens that end a text or a turn by a checkpoint's generation_config.json (that of a chat model often names more
+    than its tokenizer's end token), or by its config.json."""
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        ends = None
+    if ends is None:
+        ends = read_model_config(name).get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def load_any(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rl.policy.hf import HFPolicy, init_any, load_any, save_any
+from rl.policy.hf import HFPolicy, checkpoint_end_tokens, init_any, load_any, save_any
 from rl.policy.model import Policy
 
 QWEN: dict[str, Any] = {
@@ -127,6 +128,25 @@ def test_a_checkpoint_without_its_output_head_is_refused(tmp_path: Path) -> None
     policy.inner.base_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not the files of a causal language model: lm_head\.weight missing"):
         load_any(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 7}, {"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": 7}, {"eos_token_id": 9}, (9,)),
+        ({"eos_token_id": [7, 8]}, {"top_p": 0.9}, (7, 8)),
+        ({"eos_token_id": 7}, None, (7,)),
+        ({}, None, ()),
+    ],
+)
+def test_end_tokens_of_a_checkpoint(
+    config: dict[str, Any], generation: dict[str, Any] | None, ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert checkpoint_end_tokens(str(tmp_path)) == ends
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
