@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _SCALE = ".weight_scale_inv"
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Where a part of a fused parameter sits in the hub's keys: (key, expert, rows) of `..mlp.experts.gate_up_proj`.
@@ -50,6 +51,8 @@ def load_policy(
     policy = empty_policy(config, dtype=dtype or _config_dtype(hub_config), device=device)
     files = CheckpointFiles(folder, fp8_block=_fp8_block(hub_config))
     load_into(policy, files)
+    if (folder / _GENERATION).exists():
+        policy.generation_config = json.loads((folder / _GENERATION).read_text())
     return policy
 
 
@@ -142,7 +145,7 @@ def save_policy(
     config["dtype"] = config["torch_dtype"] = _DTYPE_NAMES[dtype]
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(folder / _GENERATION, policy.generation_config or {"_from_model_config": True, **ids})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -61,6 +61,15 @@ def test_files_hold_one_matrix_per_expert(tmp_path: Path) -> None:
     assert same(ours, load_policy(tmp_path))
 
 
+def test_a_checkpoints_generation_config_is_saved_with_it(tmp_path: Path) -> None:
+    """A chat model's end tokens and sampling stand there, and not in config.json."""
+    save_policy(policy(), tmp_path / "theirs")
+    named = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(named))
+    save_policy(load_policy(tmp_path / "theirs"), tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == named
+
+
 def test_shards_and_their_index(tmp_path: Path) -> None:
     ours = policy()
     save_policy(ours, tmp_path)
