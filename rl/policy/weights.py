@@ -202,8 +202,10 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     method = quantisation.get("quant_method")
     if method != "fp8":
         raise ValueError(f"config.json: quantization_config.quant_method = {method!r}; allowed: 'fp8' or none")
-    rows, columns = quantisation.get("weight_block_size", (128, 128))
-    return rows, columns
+    block = quantisation.get("weight_block_size", (128, 128))
+    if not isinstance(block, (list, tuple)) or len(block) != 2:  # null: one scale for a whole matrix
+        raise ValueError(f"config.json: quantization_config.weight_block_size = {block!r}; allowed: [rows, columns]")
+    return block[0], block[1]
 
 
 def _expert_parts(name: str, shape: torch.Size) -> Iterator[_Part]:

@@ -207,9 +207,13 @@ def test_fp8_checkpoint_is_dequantised(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{key} is FP8 and has no"):
         load_policy(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(ValueError, match="quant_method = 'awq'; allowed: 'fp8' or none"):
-        load_policy(tmp_path)
+    for quantisation, message in (
+        ({"quant_method": "awq"}, "quant_method = 'awq'; allowed: 'fp8' or none"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size = None; allowed: "),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantisation}))
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path)
 
 
 def test_init_depends_on_the_seed_alone() -> None:
