@@ -122,9 +122,8 @@ def _truncate(logits: torch.Tensor, sampler: Sampler) -> torch.Tensor:
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if sampler.top_p < 1:
         ordered, index = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        # A token goes when those before it already hold top_p of the mass; the first always stays.
+        # A token goes when those before it already hold top_p of the mass; before the first there is none.
         cut = ordered.cumsum(-1) - ordered >= sampler.top_p
-        cut[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(cut).scatter_(1, index, cut), float("-inf"))
     if sampler.min_p > 0:
         probs = logits.softmax(-1)

@@ -6,11 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rl.policy.config import PolicyConfig
+from rl.policy.model import init_policy
 from rl.policy.moe import experts_reference
 from rl.rollout import ops
 from rl.rollout.cache import CacheShape, LatentCache
+from rl.rollout.prefill import Prefill
+from rl.rollout.scheduler import Group
 from rl.rollout.state import PlanBuilder, RowSpec, RowState
 from rl.rollout.stop_strings import StopStrings
+from rl.types import Problem, RolloutRequest
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 64])
@@ -111,6 +116,38 @@ def test_rows_that_have_ended_stand_still() -> None:
     lengths = (state.own_len + 1).tolist()
     assert lengths == [2, 1, 4]
     assert [row.tokens for row in state.read([0, 1, 2], lengths)] == [[5, 9], [9], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("routes_shape", [None, (3, 2)])
+def test_a_rows_bytes_are_those_of_its_tensors(routes_shape: tuple[int, int] | None) -> None:
+    def held(slots: int) -> int:
+        state = RowState(
+            slots, limit=11, stop_token_ids=(), routes_shape=routes_shape, routes_dtype=torch.int16,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        tensors = [
+            t for name, t in vars(state).items() if isinstance(t, torch.Tensor) and name not in ("rows", "stops")
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert held(5) - held(4) == RowState.row_bytes(11, routes_shape, torch.int16)
+
+
+def test_prompts_are_packed_into_chunks_of_bounded_size() -> None:
+    """Shortest first; a prompt that is longer than a chunk goes alone."""
+    config = PolicyConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, kv_lora_rank=4, qk_rope_head_dim=2,
+        qk_nope_head_dim=2, v_head_dim=2, intermediate_size=8,
+    )  # fmt: skip
+    policy, packed = init_policy(config, seed=0), []
+    lengths = [9, 3, 4, 2, 3, 12]
+    groups = [Group(i, RolloutRequest(Problem("", "", (1,) * n), (0,)), prompt_slot=i) for i, n in enumerate(lengths)]
+    cache = LatentCache(CacheShape(1, 6, 1, 16), layers=1, width=6, dtype=torch.float32, device=torch.device("cpu"))
+    policy.register_forward_hook(lambda module, inputs, output: packed.append(inputs[1].diff().tolist()))
+    prefill = Prefill(policy, cache, column_order=None, chunk_tokens=8, routes_dtype=torch.uint8)
+    with torch.no_grad():
+        prefill.run(groups)
+    assert packed == [[2, 3, 3], [4], [9], [12]]
 
 
 def test_stop_strings_end_at_the_first_token_that_completes_one() -> None:
