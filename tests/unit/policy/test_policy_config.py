@@ -280,6 +280,17 @@ def test_round_trip_through_json(change: dict[str, Any]) -> None:
     assert PolicyConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_null_means_not_used() -> None:
+    keys = ("n_group", "topk_group", "n_shared_experts", "moe_layer_freq", "rope_interleave", "q_lora_rank")
+    config = PolicyConfig.from_dict({key: value for key, value in SHAPE.items() if key not in keys})
+    assert PolicyConfig.from_dict(SHAPE | dict.fromkeys(keys)) == config
+
+
+def test_the_saved_file_promises_no_prediction_layers() -> None:
+    """Where the key is missing, transformers takes one for granted."""
+    assert PolicyConfig.from_dict(SHAPE | {"num_nextn_predict_layers": 1}).to_dict()["num_nextn_predict_layers"] == 0
+
+
 def test_defaults_follow_the_family() -> None:
     v3 = PolicyConfig.from_dict(SHAPE)
     assert (v3.scoring_func, v3.topk_method, v3.norm_topk_prob) == ("sigmoid", "noaux_tc", True)

@@ -52,6 +52,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     results = []
     for on in (False, True, False):
         policy.gradient_checkpointing = on
+        assert policy.inner.is_gradient_checkpointing == on
         policy.zero_grad()
         policy(tokens, cu, 6).hidden.square().sum().backward()
         results.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])

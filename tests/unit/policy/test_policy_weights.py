@@ -84,6 +84,31 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     (tmp_path / files[1]).unlink()
     with pytest.raises(ValueError, match=f"the index names {files[1]}, which is not there"):
         load_policy(tmp_path)
+    other = init_policy(ours.config, seed=6)
+    save_policy(other, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert same(other, load_policy(tmp_path))
+
+
+def test_keys_that_old_or_other_programs_write_beside_the_weights(tmp_path: Path) -> None:
+    ours = policy(tie_word_embeddings=True)
+    save_policy(ours, tmp_path)
+    extra = {
+        "lm_head.weight": ours.lm_head.weight.detach().clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
+    edit(tmp_path, lambda t: t.update(extra))
+    assert same(ours, load_policy(tmp_path))
+
+
+@pytest.mark.parametrize("keys", [("dtype", "torch_dtype"), ("torch_dtype",), ("dtype",), ()])
+def test_the_dtype_is_that_of_config_json(keys: tuple[str, ...], tmp_path: Path) -> None:
+    save_policy(policy().to(torch.bfloat16), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    path.write_text(json.dumps({k: v for k, v in config.items() if k in keys or not k.endswith("dtype")}))
+    assert load_policy(tmp_path).lm_head.weight.dtype == (torch.bfloat16 if keys else torch.float32)
 
 
 def test_missing_and_unexpected_keys_are_named(tmp_path: Path) -> None:
