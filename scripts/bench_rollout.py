@@ -192,7 +192,7 @@ def bytes_per_step(
     weights = 0.0
     for name, parameter in policy.named_parameters():
         share = 1.0
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:  # tied, it is the output matrix
             continue
         if ".experts." in name:
             assert config.n_routed_experts is not None and config.num_experts_per_tok is not None

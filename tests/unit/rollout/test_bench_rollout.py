@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rl.policy.config import PolicyConfig
+from rl.policy.model import init_policy
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_rollout.py"
 SHAPE = {
@@ -21,11 +24,16 @@ SHAPE = {
 }  # fmt: skip
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+def load() -> Any:
     spec = importlib.util.spec_from_file_location("bench_rollout_script", SCRIPT)
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
+    return bench
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    bench = load()
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)  # else half a gigabyte
     monkeypatch.setattr(sys, "argv", ["bench_rollout.py", *words])
     threads = torch.get_num_threads()
@@ -47,6 +55,14 @@ def test_engine_and_transformers_agree(
     assert check["tokens"] == check["equal_to_its_argmax"] == 12 and check["worst_logprob_difference"] < 1e-5
     assert ours["steps"] == 5 and ours["cache_bytes_per_token"] == 2 * (8 + 4) * 4
     assert theirs["engine"] == "transformers" and theirs["tokens_per_s"] > 0
+
+
+def test_a_tied_output_matrix_is_read_like_any_other() -> None:
+    sizes, read = argparse.Namespace(batch=4, group=2, prompt=5), []
+    for tied in (False, True):
+        config = PolicyConfig.from_dict(SHAPE | {"tie_word_embeddings": tied})
+        read.append(load().bytes_per_step(config, init_policy(config, seed=0), sizes, rows=4, tokens=24))
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize(
