@@ -46,11 +46,12 @@ def test_our_recipes_fit(path: Path) -> None:
     [
         LLAMA,
         ["--grpo.routing_replay=true", RATE],
+        ["--model.from_config.num_nextn_predict_layers=0"],
         [*V2, "--grpo.routing_replay=true"],
         DENSE,
         ["--eval.max_completion_length=224", "--sft.max_length=256", "--sft.micro_batch_tokens=256"],
     ],
-    ids=["llama", "replay and bias", "V2", "dense", "full length"],
+    ids=["llama", "replay and bias", "no prediction layers", "V2", "dense", "full length"],
 )
 def test_what_a_policy_can_do_is_accepted(overrides: list[str]) -> None:
     check(*overrides)
@@ -70,6 +71,14 @@ def test_what_a_policy_can_do_is_accepted(overrides: list[str]) -> None:
         (
             [*LLAMA, "--model.from_config.hidden_size=wide"],
             "model_type = 'llama': Validation error for field 'hidden_size'",
+        ),
+        (
+            ["--model.from_config.dtype=bfloat16"],
+            "model.from_config.dtype = 'bfloat16': has no effect (model.dtype decides); allowed: leave it out",
+        ),
+        (
+            ["--model.from_config.aux_loss_alpha=0.001"],
+            "model.from_config.aux_loss_alpha = 0.001: has no effect (there",
         ),
         (["--model.from_config.vocab_size=20"], "model: the tokenizer has 32 tokens, the policy's vocab_size is 20"),
         (["--model.from_config=nowhere.json"], "model.from_config = 'nowhere.json': there is no file nowhere.json"),
