@@ -126,6 +126,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--profile", action="store_true", help="torch.profiler over one more run")
     arguments = parser.parse_args()
+    for name in ("batch", "group", "prompt", "new", "threads", "repeats"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if arguments.shape not in SHAPES and not Path(arguments.shape).is_file():
+        parser.error(f"--shape {arguments.shape}: neither one of {', '.join(SHAPES)} nor a config.json")
+    if arguments.peer_only and arguments.peer != "vllm":
+        parser.error("--peer-only goes with --peer vllm")
     if arguments.batch % arguments.group:
         parser.error(f"--batch {arguments.batch} is not a multiple of --group {arguments.group}")
     if arguments.check and arguments.peer != "hf":
@@ -185,7 +192,7 @@ def bytes_per_step(
     weights = 0.0
     for name, parameter in policy.named_parameters():
         share = 1.0
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:  # tied, it is the output matrix
             continue
         if ".experts." in name:
             assert config.n_routed_experts is not None and config.num_experts_per_tok is not None
@@ -256,15 +263,14 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, float]]) -> dict[
 
 
 class HFPeer:
-    """transformers' DeepseekV3ForCausalLM with the policy's own weights; one row per completion, sampling at the same
-    temperature, no log-probabilities (which only favours it)."""
+    """transformers' model of the shape's family with the policy's own weights; one row per completion, sampling at the
+    same temperature, no log-probabilities (which only favours it)."""
 
     def __init__(self, policy: Policy, arguments: argparse.Namespace) -> None:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-        values = policy.config.to_dict()
         with torch.device("meta"):
-            self.model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**policy.config.to_dict()))
         self.model = self.model.to(policy.lm_head.weight.dtype).to_empty(device=arguments.device)
         self.model.load_state_dict(policy.state_dict())
         rotary = self.model.model.rotary_emb  # its buffers are not in the state

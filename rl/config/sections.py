@@ -205,7 +205,7 @@ class RolloutSection(Section):
     temperature: Annotated[Number, Field(gt=0)] = 1.0
     """Sampling temperature; training uses the same distribution."""
     stop_strings: tuple[Text, ...] | None = None
-    """Texts that end a completion, beside the tokenizer's end token; left out: those of the template."""
+    """Texts that end a completion, beside the end tokens of the model; left out: those of the template."""
     engine: Literal["in_process", "hf"] = "in_process"
     """in_process: our engine over the latent cache; hf: transformers' generate, for other architectures."""
     max_batch_size: Positive | None = None

@@ -78,14 +78,16 @@ class PromptTemplate:
 
 
 def sampling_stops(
-    template: TemplateSection, stop_strings: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase
+    template: TemplateSection,
+    stop_strings: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    end_tokens: Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(stop_token_ids, stop_strings) for `SamplingParams`: the tokenizer's end token, and the recipe's strings
+    """(stop_token_ids, stop_strings) for `SamplingParams`: the tokens that end a text, and the recipe's strings
     (`rollout.stop_strings`) or, where it names none, those of the template. A string that is one token of the tokenizer
     stops by that token, which costs no decoding."""
     strings = PromptTemplate(template, tokenizer).stop_strings if stop_strings is None else tuple(stop_strings)
-    assert tokenizer.eos_token_id is not None, "load_tokenizer demands an end token"
-    token_ids = [int(tokenizer.eos_token_id)]
+    token_ids = list(end_tokens)
     added = tokenizer.get_added_vocab()
     token_ids += [added[text] for text in strings if text in added and added[text] not in token_ids]
     return tuple(token_ids), tuple(text for text in strings if text not in added)

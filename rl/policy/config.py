@@ -174,7 +174,7 @@ class PolicyConfig:
         they carry keys of other programs."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if strict:
-            _refuse_unknown(values, fields | _KNOWN_BUT_UNUSED)
+            refuse_unknown(values, fields | _KNOWN_BUT_UNUSED)
         for key, allowed in _FIXED_VALUES.items():
             if key in values and values[key] not in allowed:
                 raise ValueError(_wrong(key, values[key], f"{allowed[0]!r}, the only one that is implemented"))
@@ -245,7 +245,8 @@ def _read(key: str, kind: str, value: Any) -> Any:
     return value
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+def refuse_unknown(values: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+    """ValueError with the nearest name for a key of `values` that is not in `known`."""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -275,12 +276,33 @@ def _check_dimensions(config: PolicyConfig) -> None:
         raise ValueError(_wrong("q_lora_rank", config.q_lora_rank, "null or an integer >= 1"))
     if config.qk_rope_head_dim % 2:
         raise ValueError(_wrong("qk_rope_head_dim", config.qk_rope_head_dim, "an even integer"))
+    if config.model_type == "deepseek_v2" and not config.rope_interleave:
+        raise ValueError(_wrong("rope_interleave", False, "true for deepseek_v2, whose files know no other layout"))
+    if config.model_type == "deepseek_v2" and config.hidden_size % config.num_attention_heads:
+        allowed = (
+            f"a multiple of num_attention_heads = {config.num_attention_heads} (transformers' rule for deepseek_v2)"
+        )
+        raise ValueError(_wrong("hidden_size", config.hidden_size, allowed))
     for key in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
         if not getattr(config, key) > 0:
             raise ValueError(_wrong(key, getattr(config, key), "a number > 0"))
     for key in ("first_k_dense_replace", "n_shared_experts"):
         if getattr(config, key) < 0:
             raise ValueError(_wrong(key, getattr(config, key), "an integer >= 0"))
+    if config.rope_scaling is not None:
+        _check_yarn(config.rope_scaling)
+
+
+def _check_yarn(yarn: YarnScaling) -> None:
+    allowed = {
+        "factor": (yarn.factor >= 1, "a number >= 1"),
+        "original_max_position_embeddings": (yarn.original_max_position_embeddings >= 1, "an integer >= 1"),
+        "beta_slow": (yarn.beta_slow > 0, "a number > 0"),
+        "beta_fast": (yarn.beta_fast >= yarn.beta_slow, f"a number >= beta_slow = {yarn.beta_slow:g}"),
+    }
+    for key, (fits, what) in allowed.items():
+        if not fits:
+            raise ValueError(_wrong(f"rope_scaling.{key}", getattr(yarn, key), what))
 
 
 def _check_experts(config: PolicyConfig) -> None:
@@ -332,7 +354,7 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     if kind != "yarn":
         raise ValueError(_wrong(f"{key}.type", kind, "'default' or 'yarn'"))
     known = {field.name for field in dataclasses.fields(YarnScaling)}
-    _refuse_unknown(given, known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    refuse_unknown(given, known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     fields = dataclasses.fields(YarnScaling)
     scaling = {
         f.name: _read(f"{key}.{f.name}", str(f.type), given[f.name]) for f in fields if given.get(f.name) is not None

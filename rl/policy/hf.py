@@ -7,23 +7,36 @@ latents here.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from rl.policy.attention import PackedLayout
-from rl.policy.config import PolicyConfig
+from rl.policy.config import PolicyConfig, refuse_unknown
 from rl.policy.model import Policy, PolicyOutput, init_policy
 from rl.policy.weights import load_policy, save_policy
 
 OWN_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-# Keys of transformers' configurations that change logits after the output head; lm_head alone would be wrong.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+# Keys of transformers' configurations that change logits outside the output head; lm_head alone would be wrong.
+_LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "logits_mup_width_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+# Keys that every configuration of transformers understands, beside its own fields.
+_ANY_HF_TYPE = {"model_type", "attn_implementation", "head_dim", "rope_scaling", "rope_theta", "torch_dtype"}
 
 
 class HFPolicy(nn.Module):
@@ -91,6 +104,18 @@ def read_model_config(name: str) -> dict[str, Any]:
     return dict(values)
 
 
+def checkpoint_end_tokens(name: str) -> tuple[int, ...]:
+    """Tokens that end a text or a turn by a checkpoint's generation_config.json (that of a chat model often names more
+    than its tokenizer's end token), or by its config.json."""
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        ends = None
+    if ends is None:
+        ends = read_model_config(name).get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
 def load_any(
     folder_or_hub_id: str | os.PathLike[str],
     *,
@@ -98,13 +123,15 @@ def load_any(
     device: torch.device | str = "cpu",
 ) -> Policy | HFPolicy:
     """Our own policy for DeepSeek-V2/V3 checkpoints, transformers' model for every other causal LM. No code of the
-    checkpoint is run."""
+    checkpoint is run. ValueError: weights that the files lack (transformers would draw them at random)."""
     name = os.fspath(folder_or_hub_id)
     values = read_model_config(name)
     if values["model_type"] in OWN_TYPES:
         return load_policy(folder_or_hub_id, dtype=dtype, device=device)
     _check_supported(AutoConfig.from_pretrained(name))
-    inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    inner, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name!r}: not the files of a causal language model: {', '.join(missing[:8])} missing")
     return HFPolicy(inner.to(device))
 
 
@@ -119,16 +146,27 @@ def init_any(
     model_type = values.get("model_type", "deepseek_v3")
     if model_type in OWN_TYPES:
         return init_policy(PolicyConfig.from_dict(values), seed=seed, dtype=dtype, device=device)
-    others = {key: value for key, value in values.items() if key != "model_type"}
-    try:
-        config = AutoConfig.for_model(model_type, **others)
-    except ValueError as error:
-        raise ValueError(f"model config: model_type = {model_type!r}: {error}") from error
+    config = hf_config(values)
     _check_supported(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inner = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return HFPolicy(inner.to(device))
+
+
+def hf_config(values: Mapping[str, Any], *, by_hand: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """transformers' configuration of a `config.json`-like mapping. by_hand: those of its keys that a recipe spells out,
+    of which transformers must know each (files carry keys of other programs). ValueError names the key or the
+    model_type."""
+    model_type = values["model_type"]
+    others = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(model_type, **others)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model config: model_type = {model_type!r}: {error}") from error
+    fields = {field.name for field in dataclasses.fields(type(config))}
+    refuse_unknown(by_hand or {}, fields | set(config.attribute_map) | _ANY_HF_TYPE)
+    return config
 
 
 def save_any(
@@ -169,9 +207,9 @@ def _check_supported(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model_type = {config.model_type!r} is an encoder-decoder; allowed: causal language models")
     for key, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, key, None)
+        value = getattr(config.get_text_config(), key, None)
         if value is not None and value != neutral:
             raise ValueError(
-                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits after lm_head; "
+                f"model_type = {config.model_type!r} has {key} = {value!r}, which changes logits outside lm_head; "
                 f"allowed: {neutral!r} or absent"
             )

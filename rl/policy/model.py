@@ -14,7 +14,7 @@ Departs from the papers: no multi-token prediction head, no auxiliary balance lo
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -73,7 +73,8 @@ class Decoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """`gradient_checkpointing = True` recomputes each layer in the backward pass instead of keeping its activations."""
+    """`gradient_checkpointing = True` recomputes each layer in the backward pass instead of keeping its activations.
+    `generation_config`: the checkpoint's file of that name, kept to be saved again; None for a new policy."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class Policy(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.generation_config: dict[str, Any] | None = None
 
     def forward(
         self,

@@ -119,7 +119,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x: (T, D), experts: (T, K) int64, weights: (T, K) float32 -> sum_k weights[:, k] * expert_k(x): (T, D)."""
-        if not _grouped_mm_takes(self.gate_up_proj, self.down_proj):
+        if not grouped_mm_takes(self.gate_up_proj, self.down_proj):
             return experts_reference(x, experts, weights, self.gate_up_proj, self.down_proj)
         plan = dispatch(experts, self.num_experts)
         rows = _GatherRows.apply(x, plan.token_of_row, plan.row_of_slot)
@@ -224,7 +224,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None
 
 
-def _grouped_mm_takes(*weights: torch.Tensor) -> bool:
+def grouped_mm_takes(*weights: torch.Tensor) -> bool:
     """grouped_mm knows fp32, bf16 and fp16, and wants strides of multiples of 16 bytes."""
     known = (torch.float32, torch.bfloat16, torch.float16)
     return all(w.dtype in known and all(n * w.element_size() % 16 == 0 for n in w.shape[1:]) for w in weights)

@@ -62,7 +62,7 @@ def softmax_scale(config: PolicyConfig) -> float:
 
 
 def _mscale(factor: float, weight: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+    return 0.1 * weight * math.log(factor) + 1.0
 
 
 def _frequencies(config: PolicyConfig) -> tuple[torch.Tensor, float]:

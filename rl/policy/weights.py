@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _SCALE = ".weight_scale_inv"
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Where a part of a fused parameter sits in the hub's keys: (key, expert, rows) of `..mlp.experts.gate_up_proj`.
@@ -50,6 +51,8 @@ def load_policy(
     policy = empty_policy(config, dtype=dtype or _config_dtype(hub_config), device=device)
     files = CheckpointFiles(folder, fp8_block=_fp8_block(hub_config))
     load_into(policy, files)
+    if (folder / _GENERATION).exists():
+        policy.generation_config = json.loads((folder / _GENERATION).read_text())
     return policy
 
 
@@ -142,7 +145,7 @@ def save_policy(
     config["dtype"] = config["torch_dtype"] = _DTYPE_NAMES[dtype]
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(folder / _GENERATION, policy.generation_config or {"_from_model_config": True, **ids})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -199,8 +202,10 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     method = quantisation.get("quant_method")
     if method != "fp8":
         raise ValueError(f"config.json: quantization_config.quant_method = {method!r}; allowed: 'fp8' or none")
-    rows, columns = quantisation.get("weight_block_size", (128, 128))
-    return rows, columns
+    block = quantisation.get("weight_block_size", (128, 128))
+    if not isinstance(block, (list, tuple)) or len(block) != 2:  # null: one scale for a whole matrix
+        raise ValueError(f"config.json: quantization_config.weight_block_size = {block!r}; allowed: [rows, columns]")
+    return block[0], block[1]
 
 
 def _expert_parts(name: str, shape: torch.Size) -> Iterator[_Part]:
@@ -223,7 +228,10 @@ def _targets(policy: Policy, *, fused: bool) -> dict[str, torch.Tensor]:
 
 def _check_keys(files: CheckpointFiles, expected: set[str], *, num_layers: int) -> None:
     found = set(files.keys())
-    prediction = {key for key in found if (m := re.match(r"model\.layers\.(\d+)\.", key)) and int(m[1]) >= num_layers}
+    layer_of = {key: int(m[1]) for key in found if (m := re.match(r"model\.layers\.(\d+)\.", key))}
+    # A multi-token prediction layer joins the hidden state with the next embedding; without that it is a lost layer.
+    joining = {layer for key, layer in layer_of.items() if layer >= num_layers and key.endswith(".eh_proj.weight")}
+    prediction = {key for key, layer in layer_of.items() if layer in joining}
     if prediction:
         logger.info("%s: skipped %d tensors of multi-token prediction layers", files.folder, len(prediction))
     inverse_frequencies = {key for key in found if key.endswith(".rotary_emb.inv_freq")}  # derived, in some old files

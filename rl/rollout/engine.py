@@ -19,6 +19,7 @@ most of them standing still where few are asked for.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from rl.rollout.state import FinishedRow, Look, RowState
 from rl.rollout.stop_strings import StopStrings
 from rl.rollout.transfer import Mark, aside, to_device
 from rl.types import Completion, RolloutGroup, RolloutRequest, SamplingParams
+
+_log = logging.getLogger(__name__)
 
 INVARIANT_ROWS = 256  # of every step on a GPU with batch_invariant, unless max_batch_size says otherwise
 
@@ -68,7 +71,10 @@ class Engine:
         for name, value in (("max_batch_size", max_batch_size), ("cache_bytes", cache_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} = {value}: must be at least 1, or null for as much as fits")
-        captured = unsupported(policy) is None
+        why_not = unsupported(policy)
+        captured = why_not is None
+        if not captured and policy.lm_head.weight.device.type != "cpu":
+            _log.warning("decode goes without kernels and CUDA graphs, which is slower: %s", why_not)
         if steps_per_look is None:
             steps_per_look = 8 if captured else 1
         if prefill_tokens is None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from rl.policy.moe import experts_reference, grouped_mm_takes
+
 MIN_MATMUL_ROWS = 4
 _LOOP_STEP = 32  # numbers that a vectorised elementwise loop takes at a time; the rest goes through other instructions
 
@@ -66,7 +68,7 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> None:
     if x.dtype == torch.float32 and aligned:
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
     else:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)).contiguous())
         x.copy_(torch.view_as_real(pairs * turns).flatten(-2))
 
 
@@ -152,10 +154,11 @@ def rows_by_expert(
     """rows (M + 4, in), the first M = choices sorted by expert, expert e's ending at offsets[e]; matrices (E, out, in)
     -> (at least M, out), each row by its expert's matrix. fewest: rows of the smallest expert that has any.
 
-    grouped_mm is one matmul per expert without Python between. Where an expert has fewer than four rows the loop is
-    ours and computes four (those of the next expert, or the padding); the next expert overwrites the surplus.
+    grouped_mm is one matmul per expert without Python between. Where it does not take the matrices, or an expert has
+    fewer than four rows, the loop is ours and computes at least four (those of the next expert, or the padding); the
+    next expert overwrites the surplus.
     """
-    if fewest >= MIN_MATMUL_ROWS:
+    if fewest >= MIN_MATMUL_ROWS and grouped_mm_takes(matrices):
         return F.grouped_mm(rows[:choices], matrices.transpose(1, 2), offs=offsets)
     out = rows.new_empty(rows.shape[0], matrices.shape[1])
     out[-MIN_MATMUL_ROWS:] = 0
@@ -171,7 +174,10 @@ def rows_by_expert(
 def experts_grouped(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """As `experts_by_rows`, through grouped_mm and without any host-side count (for CUDA)."""
+    """As `experts_by_rows`, through grouped_mm and without any host-side count (for CUDA), where it takes the
+    matrices."""
+    if not grouped_mm_takes(gate_up, down):
+        return experts_reference(x, experts, weights, gate_up, down)
     tokens, k = experts.shape
     ordered, order = experts.view(-1).sort(stable=True)
     bounds = torch.arange(gate_up.shape[0], device=x.device)

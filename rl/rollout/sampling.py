@@ -10,6 +10,7 @@ generators stay untouched.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +68,10 @@ class Sampler:
     @classmethod
     def from_params(cls, params: SamplingParams) -> Sampler:
         """Checks the ranges; ValueError names the field."""
-        if params.temperature < 0:
-            raise ValueError(f"SamplingParams.temperature = {params.temperature}: must be >= 0 (0 is greedy)")
+        if not (params.temperature == 0 or 1e-30 <= params.temperature < math.inf):  # below, quotients overflow to NaN
+            raise ValueError(
+                f"SamplingParams.temperature = {params.temperature}: must be 0 (greedy) or finite and at least 1e-30"
+            )
         if not 0 < params.top_p <= 1:
             raise ValueError(f"SamplingParams.top_p = {params.top_p}: must be in (0, 1] (1 is off)")
         if params.top_k < 0:
@@ -119,9 +122,8 @@ def _truncate(logits: torch.Tensor, sampler: Sampler) -> torch.Tensor:
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if sampler.top_p < 1:
         ordered, index = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        # A token goes when those before it already hold top_p of the mass; the first always stays.
+        # A token goes when those before it already hold top_p of the mass; before the first there is none.
         cut = ordered.cumsum(-1) - ordered >= sampler.top_p
-        cut[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(cut).scatter_(1, index, cut), float("-inf"))
     if sampler.min_p > 0:
         probs = logits.softmax(-1)

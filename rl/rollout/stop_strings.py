@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
-# Tokens before the new ones that are decoded again, beyond one per character of the longest stop string: a decoder may
-# need a few to get into step (bytes of one character, tokens that print nothing).
+# Tokens before the new ones that are decoded again, beyond one per byte of the longest stop string (a character that
+# the vocabulary lacks is several tokens): a decoder may need a few to get into step.
 _WINDOW = 16
 
 
@@ -21,7 +21,7 @@ class StopStrings:
         if any(not string for string in strings):
             raise ValueError("SamplingParams.stop_strings contains an empty string; each must have a character")
         self._strings, self._decode = strings, decode_text
-        self._window = max(len(string) for string in strings) + _WINDOW
+        self._window = max(len(string.encode()) for string in strings) + _WINDOW
 
     def cut(self, tokens: list[int], seen: int) -> int | None:
         """Length to which `tokens` must be cut, or None. seen: how many of them were looked at before."""

@@ -147,15 +147,15 @@ def explanations(scores: Mapping[str, Score]) -> dict[str, dict[str, str | None]
 
 
 class TextOf:
-    """Token ids -> the text that rewards read: a final end-of-text token is taken off, everything else is shown as it
+    """Token ids -> the text that rewards read: a final one of `end_tokens` is taken off, everything else is shown as it
     is (also a </answer> that ended the completion)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int]) -> None:
+        self.tokenizer, self.end_tokens = tokenizer, frozenset(end_tokens)
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         ids = list(token_ids)
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
+        if ids and ids[-1] in self.end_tokens:
             ids = ids[:-1]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rl.config import ModelSection, Recipe
 from rl.policy.config import PolicyConfig
-from rl.policy.hf import OWN_TYPES, read_model_config
+from rl.policy.hf import OWN_TYPES, hf_config, read_model_config
 from rl.train.checkpoint import load_json
 
 AnyConfig: TypeAlias = PolicyConfig | PretrainedConfig
@@ -29,16 +29,23 @@ _HF_SHAPE = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+# Keys of a config.json that nothing here acts on: usual in a file, a mistake where a recipe spells them out.
+_WITHOUT_EFFECT = {
+    "dtype": "model.dtype decides",
+    "torch_dtype": "model.dtype decides",
+    "quantization_config": "random weights are not quantised",
+    "aux_loss_alpha": "there is no auxiliary loss; model.router_bias_update_rate balances experts",
+    "num_nextn_predict_layers": "there are no multi-token prediction layers",
+}
 
 
 def check_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, start_from: Path | None = None) -> None:
     """start_from: the folder of a cold start's policy, which must be of the shape that `model` describes."""
     config = policy_config(recipe.model, tokenizer)
-    wrong = [*_does_not_fit(recipe, config), *_too_short(recipe, config)]
-    if len(tokenizer) > config.vocab_size:
-        wrong.append(
-            f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {config.vocab_size}"
-        )
+    wrong = [*_ignored(recipe.model), *_does_not_fit(recipe, config), *_too_short(recipe, config)]
+    vocab_size = _text(config).vocab_size
+    if len(tokenizer) > vocab_size:
+        wrong.append(f"model: the tokenizer has {len(tokenizer)} tokens, the policy's vocab_size is {vocab_size}")
     if start_from is not None:
         wrong += _other_shape(config, _read_config(str(start_from)), start_from)
     if wrong:
@@ -57,7 +64,7 @@ def policy_config(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> An
     try:
         if model_type in OWN_TYPES:
             return PolicyConfig.from_dict(values)
-        return AutoConfig.for_model(**{**values, "model_type": model_type})
+        return hf_config(values, by_hand=model.from_config if isinstance(model.from_config, dict) else None)
     except ValueError as error:
         raise ValueError(f"model.from_config: {error}") from error
 
@@ -94,6 +101,14 @@ def _read_config(name: str) -> AnyConfig:
 def _text(config: AnyConfig) -> Any:
     """The part of a configuration that is about text."""
     return config.get_text_config() if isinstance(config, PretrainedConfig) else config
+
+
+def _ignored(model: ModelSection) -> Iterator[str]:
+    """Keys that a recipe spells out in vain."""
+    given = model.from_config if isinstance(model.from_config, dict) else {}
+    for key, reason in _WITHOUT_EFFECT.items():
+        if given.get(key):
+            yield f"model.from_config.{key} = {given[key]!r}: has no effect ({reason}); allowed: leave it out"
 
 
 def _does_not_fit(recipe: Recipe, config: AnyConfig) -> Iterator[str]:
@@ -139,7 +154,7 @@ def _other_shape(wanted: AnyConfig, found: AnyConfig, folder: Path) -> Iterator[
     if isinstance(wanted, PolicyConfig) and isinstance(found, PolicyConfig):
         names = tuple(field.name for field in dataclasses.fields(PolicyConfig))
     for name in names:
-        here, there = getattr(wanted, name, None), getattr(found, name, None)
+        here, there = getattr(_text(wanted), name, None), getattr(_text(found), name, None)
         if here != there:
             yield (
                 f"model: {name} = {here!r}, but the cold start left a policy with {there!r} in {folder}; give the cold "

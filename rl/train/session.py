@@ -18,7 +18,7 @@ from rl.config import ModelSection, Recipe
 from rl.config.resuming import Stage
 from rl.data import ProblemSet, load_tokenizer, load_train_and_eval, sampling_stops
 from rl.distributed import die_with_launcher, is_main_process, share_cpu_threads, world_size
-from rl.policy.hf import init_any, load_any
+from rl.policy.hf import checkpoint_end_tokens, init_any, load_any
 from rl.rollout.engine import Engine
 from rl.train.checkpoint import FoundCheckpoint
 from rl.train.evaluate import rightness_functions
@@ -45,13 +45,22 @@ class Session:
     found: FoundCheckpoint | None
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """What ends a text or a turn: the tokenizer's end token, and those that the checkpoint names."""
+        own, name = self.tokenizer.eos_token_id, self.recipe.model.name_or_path
+        assert own is not None, "load_tokenizer demands an end token"
+        return tuple(dict.fromkeys((int(own), *(checkpoint_end_tokens(name) if name is not None else ()))))
+
+    @property
     def decode(self) -> TextOf:
-        return TextOf(self.tokenizer)
+        return TextOf(self.tokenizer, self.end_tokens)
 
     def sampling_params(self) -> SamplingParams:
         """How training rollouts are drawn."""
         rollout = self.recipe.rollout
-        token_ids, strings = sampling_stops(self.recipe.data.template, rollout.stop_strings, self.tokenizer)
+        token_ids, strings = sampling_stops(
+            self.recipe.data.template, rollout.stop_strings, self.tokenizer, self.end_tokens
+        )
         return SamplingParams(
             max_completion_length=rollout.max_completion_length,
             stop_token_ids=token_ids,

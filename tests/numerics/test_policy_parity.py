@@ -60,6 +60,9 @@ CASES: dict[str, dict[str, Any]] = {
     "v3": TINY,
     "v3_yarn": TINY | {"rope_scaling": YARN},
     "v3_yarn_plain": TINY | {"rope_scaling": {k: v for k, v in YARN.items() if not k.startswith("mscale")}},
+    "v3_yarn_factor": TINY
+    | {"rope_scaling": YARN | {"attention_factor": 1.3, "truncate": False, "original_max_position_embeddings": 64}},
+    "v3_yarn_short": TINY | {"rope_scaling": YARN | {"original_max_position_embeddings": 4}},  # a ramp of no width
     "v3_half_rope": TINY | {"rope_interleave": False},
     "v3_biased_tied": TINY | {"attention_bias": True, "tie_word_embeddings": True},
     "v3_dense": TINY | {"n_routed_experts": None},

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "rl.grpo": {"torch"},
     "rl.policy": {"rl.policy.kernels", "torch"},
     "rl.policy.weights": {"rl.policy", "torch", "safetensors", "huggingface_hub", "transformers"},
-    "rl.policy.hf": {"rl.policy", "rl.policy.weights", "torch", "transformers"},
+    "rl.policy.hf": {"rl.policy", "rl.policy.weights", "torch", "transformers", "huggingface_hub"},
     "rl.policy.kernels": {"rl.policy", "torch", "triton"},
     "rl.rollout": {"rl.policy", "rl.types", "rl.distributed", "torch", "triton", "transformers", "psutil"},
     "rl.train": {

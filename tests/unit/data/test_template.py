@@ -66,7 +66,7 @@ def test_an_end_token_put_behind_a_prompt_is_taken_away(tokenizer: PreTrainedTok
 
 def test_stops(tokenizer: PreTrainedTokenizerFast) -> None:
     # "</answer>" is plain text for this tokenizer, "</think>" one token (4)
-    assert sampling_stops(TemplateSection(), None, tokenizer) == ((1,), ("</answer>",))
-    assert sampling_stops(TemplateSection(kind="raw"), None, tokenizer) == ((1,), ())
-    assert sampling_stops(TemplateSection(), (), tokenizer) == ((1,), ())
-    assert sampling_stops(TemplateSection(), ("</think>", "User:", "<eos>"), tokenizer) == ((1, 4), ("User:",))
+    assert sampling_stops(TemplateSection(), None, tokenizer, [1]) == ((1,), ("</answer>",))
+    assert sampling_stops(TemplateSection(kind="raw"), None, tokenizer, [1, 9]) == ((1, 9), ())
+    assert sampling_stops(TemplateSection(), (), tokenizer, [1]) == ((1,), ())
+    assert sampling_stops(TemplateSection(), ("</think>", "User:", "<eos>"), tokenizer, [1]) == ((1, 4), ("User:",))

@@ -207,12 +207,20 @@ V3_SCALING = {
         ({"q_lora_rank": 0}, r"q_lora_rank = 0; allowed: null or"),
         ({"qk_rope_head_dim": 7}, r"qk_rope_head_dim = 7; allowed: an even integer"),
         ({"model_type": "llama"}, r"model_type = 'llama'; allowed: one of \['deepseek_v2', 'deepseek_v3', 'kimi_k2'\]"),
+        (
+            {"model_type": "deepseek_v2", "hidden_size": 30},
+            r"hidden_size = 30; allowed: a multiple of num_attention_heads",
+        ),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu'; allowed: 'silu'"),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0.1; allowed: 0"),
         ({"num_key_value_heads": 2}, r"num_key_value_heads = 2; allowed: equal to num_attention_heads"),
         ({"scoring_func": "softmax"}, r"scoring_func = 'softmax'; allowed: one of \['sigmoid'\] for deepseek_v3"),
         ({"topk_method": "greedy"}, r"topk_method = 'greedy'; allowed: one of \['noaux_tc'\]"),
         ({"model_type": "deepseek_v2", "norm_topk_prob": True}, r"norm_topk_prob = True; allowed: one of \[False\]"),
+        (
+            {"model_type": "deepseek_v2", "rope_interleave": False},
+            r"rope_interleave = False; allowed: true for deepseek",
+        ),
         ({"n_group": 3}, r"n_group = 3; allowed: a divisor of n_routed_experts = 8"),
         ({"n_group": 8}, r"n_group = 8; allowed: two or more experts in each group"),
         ({"topk_group": 5}, r"topk_group = 5; allowed: 1 to n_group = 4"),
@@ -222,6 +230,13 @@ V3_SCALING = {
             {"rope_scaling": {"type": "linear", "factor": 2}},
             r"rope_scaling.type = 'linear'; allowed: 'default' or 'yarn'",
         ),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, r"rope_scaling.factor = 0.0; allowed: a number >= 1"),
+        (
+            {"rope_scaling": V3_SCALING | {"original_max_position_embeddings": 0}},
+            r"original_max_.* = 0; allowed: an int",
+        ),
+        ({"rope_scaling": V3_SCALING | {"beta_slow": 0}}, r"rope_scaling.beta_slow = 0.0; allowed: a number > 0"),
+        ({"rope_scaling": V3_SCALING | {"beta_fast": 0.5}}, r"beta_fast = 0.5; allowed: a number >= beta_slow = 1"),
         ({"rope_scaling": {"type": "yarn"}}, r"rope_scaling of type 'yarn' lacks 'factor'"),
         ({"rope_parameters": {"rope_type": "yarn", "factr": 2}}, r"unknown key 'factr' = 2; did you mean 'factor'\?"),
         ({"rope_theta": 0}, r"rope_theta = 0.0; allowed: a number > 0"),
@@ -263,6 +278,17 @@ def test_both_spellings_of_rope(spelling: str) -> None:
 def test_round_trip_through_json(change: dict[str, Any]) -> None:
     config = PolicyConfig.from_dict(SHAPE | change)
     assert PolicyConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_null_means_not_used() -> None:
+    keys = ("n_group", "topk_group", "n_shared_experts", "moe_layer_freq", "rope_interleave", "q_lora_rank")
+    config = PolicyConfig.from_dict({key: value for key, value in SHAPE.items() if key not in keys})
+    assert PolicyConfig.from_dict(SHAPE | dict.fromkeys(keys)) == config
+
+
+def test_the_saved_file_promises_no_prediction_layers() -> None:
+    """Where the key is missing, transformers takes one for granted."""
+    assert PolicyConfig.from_dict(SHAPE | {"num_nextn_predict_layers": 1}).to_dict()["num_nextn_predict_layers"] == 0
 
 
 def test_defaults_follow_the_family() -> None:

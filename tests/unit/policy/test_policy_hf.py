@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rl.policy.hf import HFPolicy, init_any, load_any, save_any
+from rl.policy.hf import HFPolicy, checkpoint_end_tokens, init_any, load_any, save_any
 from rl.policy.model import Policy
 
 QWEN: dict[str, Any] = {
@@ -51,6 +52,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     results = []
     for on in (False, True, False):
         policy.gradient_checkpointing = on
+        assert policy.inner.is_gradient_checkpointing == on
         policy.zero_grad()
         policy(tokens, cu, 6).hidden.square().sum().backward()
         results.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
@@ -121,6 +123,33 @@ def test_deepseek_goes_to_our_own_policy(tmp_path: Path) -> None:
     assert isinstance(load_any(tmp_path), Policy)
 
 
+def test_a_checkpoint_without_its_output_head_is_refused(tmp_path: Path) -> None:
+    """A reward model's files, say: transformers gives the missing matrix random numbers and a warning."""
+    policy = qwen(tie_word_embeddings=False)
+    policy.inner.base_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not the files of a causal language model: lm_head\.weight missing"):
+        load_any(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 7}, {"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": 7}, {"eos_token_id": 9}, (9,)),
+        ({"eos_token_id": [7, 8]}, {"top_p": 0.9}, (7, 8)),
+        ({"eos_token_id": 7}, None, (7,)),
+        ({}, None, ()),
+    ],
+)
+def test_end_tokens_of_a_checkpoint(
+    config: dict[str, Any], generation: dict[str, Any] | None, ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert checkpoint_end_tokens(str(tmp_path)) == ends
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_any(tmp_path)
@@ -131,6 +160,9 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     [
         ({"model_type": "t5"}, "'t5' is an encoder-decoder; allowed: causal language models"),
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.02}, "lm_head_multiplier = 0.02"),
+        ({"model_type": "recurrent_gemma"}, "logits_soft_cap = 30.0"),
+        ({"model_type": "gemma3", "text_config": {"final_logit_softcapping": 9.0}}, "final_logit_softcapping = 9.0"),
         ({"model_type": "no_such_model"}, "model_type = 'no_such_model'"),
     ],
 )

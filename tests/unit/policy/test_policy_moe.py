@@ -65,6 +65,14 @@ def test_group_scores_are_the_top_two_in_v3_and_the_top_one_in_v2() -> None:
     assert sorted(greedy(probabilities.log())[0][0].tolist()) == [0, 2]
 
 
+def test_experts_of_dropped_groups_lose_to_kept_ones_with_negative_scores() -> None:
+    """Biases of -2 make every score negative; the better expert of the kept group still goes before the dropped one."""
+    router = identity_router(n_group=2, topk_group=1)
+    router.e_score_correction_bias = torch.full((4,), -2.0)
+    x = torch.tensor([[logit(0.9), logit(0.8), logit(0.3), logit(0.2)]])
+    assert sorted(router(x)[0][0].tolist()) == [0, 1]
+
+
 def test_replayed_routes_take_live_weights_and_give_gradients() -> None:
     router = identity_router()
     x = torch.tensor([[logit(0.9), logit(0.8), logit(0.3), logit(0.2)]], requires_grad=True)

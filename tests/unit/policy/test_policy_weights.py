@@ -61,6 +61,15 @@ def test_files_hold_one_matrix_per_expert(tmp_path: Path) -> None:
     assert same(ours, load_policy(tmp_path))
 
 
+def test_a_checkpoints_generation_config_is_saved_with_it(tmp_path: Path) -> None:
+    """A chat model's end tokens and sampling stand there, and not in config.json."""
+    save_policy(policy(), tmp_path / "theirs")
+    named = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(named))
+    save_policy(load_policy(tmp_path / "theirs"), tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == named
+
+
 def test_shards_and_their_index(tmp_path: Path) -> None:
     ours = policy()
     save_policy(ours, tmp_path)
@@ -75,6 +84,31 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     (tmp_path / files[1]).unlink()
     with pytest.raises(ValueError, match=f"the index names {files[1]}, which is not there"):
         load_policy(tmp_path)
+    other = init_policy(ours.config, seed=6)
+    save_policy(other, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert same(other, load_policy(tmp_path))
+
+
+def test_keys_that_old_or_other_programs_write_beside_the_weights(tmp_path: Path) -> None:
+    ours = policy(tie_word_embeddings=True)
+    save_policy(ours, tmp_path)
+    extra = {
+        "lm_head.weight": ours.lm_head.weight.detach().clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
+    edit(tmp_path, lambda t: t.update(extra))
+    assert same(ours, load_policy(tmp_path))
+
+
+@pytest.mark.parametrize("keys", [("dtype", "torch_dtype"), ("torch_dtype",), ("dtype",), ()])
+def test_the_dtype_is_that_of_config_json(keys: tuple[str, ...], tmp_path: Path) -> None:
+    save_policy(policy().to(torch.bfloat16), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    path.write_text(json.dumps({k: v for k, v in config.items() if k in keys or not k.endswith("dtype")}))
+    assert load_policy(tmp_path).lm_head.weight.dtype == (torch.bfloat16 if keys else torch.float32)
 
 
 def test_missing_and_unexpected_keys_are_named(tmp_path: Path) -> None:
@@ -126,10 +160,19 @@ def test_bad_config_names_the_file(tmp_path: Path) -> None:
 def test_prediction_layers_are_skipped_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = policy()
     save_policy(ours, tmp_path)
-    edit(tmp_path, lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(2)}))
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(2), "model.layers.2.self_attn.o_proj.weight": torch.ones(2)}
+    edit(tmp_path, lambda t: t.update(extra))
     with caplog.at_level(logging.INFO, logger="rl.policy.weights"):
         assert same(ours, load_policy(tmp_path))
-    assert "skipped 1 tensors of multi-token prediction layers" in caplog.text
+    assert "skipped 2 tensors of multi-token prediction layers" in caplog.text
+
+
+def test_layers_that_config_json_does_not_count_are_unexpected(tmp_path: Path) -> None:
+    save_policy(policy(num_hidden_layers=3), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.2\.input_layernorm\.weight"):
+        load_policy(tmp_path)
 
 
 def test_bf16_file_keeps_an_fp32_bias(tmp_path: Path) -> None:
@@ -189,9 +232,13 @@ def test_fp8_checkpoint_is_dequantised(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{key} is FP8 and has no"):
         load_policy(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(ValueError, match="quant_method = 'awq'; allowed: 'fp8' or none"):
-        load_policy(tmp_path)
+    for quantisation, message in (
+        ({"quant_method": "awq"}, "quant_method = 'awq'; allowed: 'fp8' or none"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size = None; allowed: "),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantisation}))
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path)
 
 
 def test_init_depends_on_the_seed_alone() -> None:

@@ -6,20 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rl.policy.config import PolicyConfig
+from rl.policy.model import init_policy
 from rl.policy.moe import experts_reference
 from rl.rollout import ops
 from rl.rollout.cache import CacheShape, LatentCache
+from rl.rollout.prefill import Prefill
+from rl.rollout.scheduler import Group
 from rl.rollout.state import PlanBuilder, RowSpec, RowState
 from rl.rollout.stop_strings import StopStrings
+from rl.types import Problem, RolloutRequest
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 64])
 @pytest.mark.parametrize("spread", ["random", "one expert", "first and last"])
-def test_experts_equal_the_reference(tokens: int, spread: str) -> None:
+@pytest.mark.parametrize(("width", "inner"), [(12, 8), (10, 7)])  # 10 and 7 floats are no multiple of 16 bytes
+def test_experts_equal_the_reference(tokens: int, spread: str, width: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    gate_up = torch.randn(6, 16, 12, generator=generator)
-    down = torch.randn(6, 12, 8, generator=generator)
-    x, weights = torch.randn(tokens, 12, generator=generator), torch.rand(tokens, 2, generator=generator)
+    gate_up = torch.randn(6, 2 * inner, width, generator=generator)
+    down = torch.randn(6, width, inner, generator=generator)
+    x, weights = torch.randn(tokens, width, generator=generator), torch.rand(tokens, 2, generator=generator)
     experts = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(tokens)])
     if spread == "one expert":
         experts = torch.tensor([4, 3]).repeat(tokens, 1)
@@ -46,6 +52,16 @@ def test_rotation_in_place(dtype: torch.dtype, offset: int) -> None:
     ops.rotate(x, torch.polar(torch.ones(5, 3), angles))
     torch.testing.assert_close(x, expected.to(dtype))
     assert torch.equal(whole[..., offset + 6 :], untouched)
+
+
+def test_rotation_of_one_row_behind_a_latent_of_odd_rank() -> None:
+    """The slice is contiguous, but complex views cannot take where it begins."""
+    row = torch.randn(1, 11, generator=torch.Generator().manual_seed(0))
+    turns = torch.polar(torch.ones(1, 3), torch.rand(1, 3))
+    expected = row[:, 5:].clone()
+    ops.rotate(expected, turns)
+    ops.rotate(row[:, 5:], turns)
+    assert torch.equal(row[:, 5:], expected)
 
 
 # Rows of one group side by side, of groups mixed and uneven, prompt slots in any order, a single row.
@@ -102,6 +118,38 @@ def test_rows_that_have_ended_stand_still() -> None:
     assert [row.tokens for row in state.read([0, 1, 2], lengths)] == [[5, 9], [9], [1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("routes_shape", [None, (3, 2)])
+def test_a_rows_bytes_are_those_of_its_tensors(routes_shape: tuple[int, int] | None) -> None:
+    def held(slots: int) -> int:
+        state = RowState(
+            slots, limit=11, stop_token_ids=(), routes_shape=routes_shape, routes_dtype=torch.int16,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        tensors = [
+            t for name, t in vars(state).items() if isinstance(t, torch.Tensor) and name not in ("rows", "stops")
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert held(5) - held(4) == RowState.row_bytes(11, routes_shape, torch.int16)
+
+
+def test_prompts_are_packed_into_chunks_of_bounded_size() -> None:
+    """Shortest first; a prompt that is longer than a chunk goes alone."""
+    config = PolicyConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, kv_lora_rank=4, qk_rope_head_dim=2,
+        qk_nope_head_dim=2, v_head_dim=2, intermediate_size=8,
+    )  # fmt: skip
+    policy, packed = init_policy(config, seed=0), []
+    lengths = [9, 3, 4, 2, 3, 12]
+    groups = [Group(i, RolloutRequest(Problem("", "", (1,) * n), (0,)), prompt_slot=i) for i, n in enumerate(lengths)]
+    cache = LatentCache(CacheShape(1, 6, 1, 16), layers=1, width=6, dtype=torch.float32, device=torch.device("cpu"))
+    policy.register_forward_hook(lambda module, inputs, output: packed.append(inputs[1].diff().tolist()))
+    prefill = Prefill(policy, cache, column_order=None, chunk_tokens=8, routes_dtype=torch.uint8)
+    with torch.no_grad():
+        prefill.run(groups)
+    assert packed == [[2, 3, 3], [4], [9], [12]]
+
+
 def test_stop_strings_end_at_the_first_token_that_completes_one() -> None:
     def decode(tokens: list[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
@@ -114,3 +162,12 @@ def test_stop_strings_end_at_the_first_token_that_completes_one() -> None:
     assert stops.cut(list("xyéz".encode()), 0) == 4  # two bytes: complete with the second
     with pytest.raises(ValueError, match="empty"):
         StopStrings(("",), decode)
+
+
+def test_stop_strings_of_characters_that_take_several_tokens_each() -> None:
+    """Looked at after every token, with a text before it that is longer than what is decoded again."""
+    string = "到此为止，谢谢你的提问。"
+    tokens = list(("-" * 100 + string).encode())
+    stops = StopStrings((string,), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    cuts = [stops.cut(tokens[: seen + 1], seen) for seen in range(len(tokens))]
+    assert cuts == [None] * (len(tokens) - 1) + [len(tokens)]

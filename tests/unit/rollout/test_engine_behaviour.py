@@ -151,6 +151,16 @@ def test_nothing_of_the_caller_changes(policy: Policy) -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in policy.parameters())
 
 
+def test_a_device_without_kernels_is_a_warning(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    Engine(policy)
+    assert not caplog.records  # on a CPU there are none
+    with torch.device("meta"):
+        Engine(Policy(CONFIG))
+    assert [(r.levelname, r.message.split(": ")[1]) for r in caplog.records] == [
+        ("WARNING", "its parameters are on meta")
+    ]
+
+
 def test_bad_requests_are_named(policy: Policy) -> None:
     engine = Engine(policy, cache_bytes=2**22)
     assert engine.generate([], SamplingParams(4)) == []

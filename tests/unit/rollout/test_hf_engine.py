@@ -39,11 +39,12 @@ REQUESTS = [
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_logprobs_are_the_trainers_and_batching_does_not_matter(policy: HFPolicy, temperature: float) -> None:
     params = SamplingParams(max_completion_length=20, stop_token_ids=(3, 12), temperature=temperature, top_k=20)
-    before = torch.get_rng_state()
+    before, habits = torch.get_rng_state(), policy.inner.generation_config
     seen: list[int] = []
     groups = HFEngine(policy).generate(REQUESTS, params, on_group=lambda i, group: seen.append(i))
     assert sorted(seen) == [0, 1, 2] and torch.equal(before, torch.get_rng_state())
     assert policy.training and all(module.training for module in policy.modules())
+    assert policy.inner.generation_config is habits  # it is saved with the policy
     alone = [HFEngine(policy, max_batch_size=1).generate([request], params)[0] for request in REQUESTS]
     sampler = Sampler.from_params(params)
     policy.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,14 +109,21 @@ def test_experts(rows: int, spread: str) -> None:
     torch.testing.assert_close(result, x + experts_reference(x, experts, weights, gate_up, down), rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_none_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert library.load.__wrapped__() is None
+    assert [(r.levelname, r.message[:13]) for r in caplog.records] == [("WARNING", "no C compiler")]
 
 
-def test_a_source_that_does_not_compile_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_source_that_does_not_compile_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     broken = tmp_path / "decode.c"
     broken.write_text("not C")
     monkeypatch.setattr(library, "_SOURCE", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert library.load.__wrapped__() is None
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "with -fopenmp: " in caplog.text and "with -fopenmp-simd: " in caplog.text and "error" in caplog.text

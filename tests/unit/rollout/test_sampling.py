@@ -105,7 +105,10 @@ def test_bf16_logits_are_widened_before_the_softmax() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("min_p", -0.1)],
+    [
+        *(("temperature", value) for value in (-0.1, 1e-38, math.inf, math.nan)),
+        *(("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("min_p", -0.1)),
+    ],
 )
 def test_values_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams.{field} = {value}"):

@@ -125,6 +125,8 @@ def test_the_cache_plan_fills_the_budget() -> None:
     assert plan(64 * 60 + 8 * 300 - 1).slots < 64
     assert plan(16 * 60 + 4 * 300) == CacheShape(16, 4, 10, 64)  # 2 groups of 8, half as many again, one more
     assert plan(360) == CacheShape(1, 1, 10, 64)
+    assert plan(2 * (16 * 60 + 8 * 300), rows=16) == CacheShape(16, 8, 10, 64)  # half stays free: all 8 may linger
+    assert plan(2 * (16 * 60 + 8 * 300) - 2, rows=16) == CacheShape(16, 4, 10, 64)
     with pytest.raises(ValueError, match=r"rollout\.cache_bytes = 359: must be at least 360"):
         plan(359)
     assert plan(10**9, rows=5, row_multiple=4).slots == 8

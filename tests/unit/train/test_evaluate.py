@@ -38,7 +38,7 @@ def evaluation(
         rightness=rightness_functions(scorer.entries, settings.metric),
         engine=engine or Spoken(said),
         scorer=scorer,
-        decode=TextOf(TOKENIZER),
+        decode=TextOf(TOKENIZER, [1]),
         params=SamplingParams(32, stop_token_ids=(TOKENIZER.eos_token_id,)),
         seed=0,
     )

@@ -49,7 +49,7 @@ def collected(functions: list[Any] = MIXTURE, *, task_column: str | None = None)
         seed=0,
         step=0,
         scorer=scorer,
-        decode=TextOf(TOKENIZER),
+        decode=TextOf(TOKENIZER, [1]),
         scale_rewards="group",
         clock=no_clock,
     )

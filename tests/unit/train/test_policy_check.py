@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rl.config import Recipe, load_recipe
 from rl.data import load_tokenizer
@@ -45,11 +46,12 @@ def test_our_recipes_fit(path: Path) -> None:
     [
         LLAMA,
         ["--grpo.routing_replay=true", RATE],
+        ["--model.from_config.num_nextn_predict_layers=0"],
         [*V2, "--grpo.routing_replay=true"],
         DENSE,
         ["--eval.max_completion_length=224", "--sft.max_length=256", "--sft.micro_batch_tokens=256"],
     ],
-    ids=["llama", "replay and bias", "V2", "dense", "full length"],
+    ids=["llama", "replay and bias", "no prediction layers", "V2", "dense", "full length"],
 )
 def test_what_a_policy_can_do_is_accepted(overrides: list[str]) -> None:
     check(*overrides)
@@ -61,6 +63,22 @@ def test_what_a_policy_can_do_is_accepted(overrides: list[str]) -> None:
         (
             ["--model.from_config.n_routed_expert=8"],
             "model.from_config: policy config: unknown key 'n_routed_expert' = 8; did you mean 'n_routed_experts'?",
+        ),
+        (
+            [*LLAMA, "--model.from_config.hiden_act=gelu"],
+            "model.from_config: policy config: unknown key 'hiden_act' = 'gelu'; did you mean 'hidden_act'?",
+        ),
+        (
+            [*LLAMA, "--model.from_config.hidden_size=wide"],
+            "model_type = 'llama': Validation error for field 'hidden_size'",
+        ),
+        (
+            ["--model.from_config.dtype=bfloat16"],
+            "model.from_config.dtype = 'bfloat16': has no effect (model.dtype decides); allowed: leave it out",
+        ),
+        (
+            ["--model.from_config.aux_loss_alpha=0.001"],
+            "model.from_config.aux_loss_alpha = 0.001: has no effect (there",
         ),
         (["--model.from_config.vocab_size=20"], "model: the tokenizer has 32 tokens, the policy's vocab_size is 20"),
         (["--model.from_config=nowhere.json"], "model.from_config = 'nowhere.json': there is no file nowhere.json"),
@@ -136,6 +154,30 @@ def test_the_config_is_read_from_the_file_that_is_named(tmp_path: Path) -> None:
         return int(policy_config(model, load_tokenizer(model)).hidden_size)
 
     assert width(tmp_path / "small.json") == 64 and width(tmp_path) == 128
+
+
+def test_a_file_may_carry_keys_of_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**yaml.safe_load(AS_LLAMA), "rope_theta": 100.0, "use_mrope": False}))
+    check(f"--model.from_config={path}", *LLAMA[1:])
+    with pytest.raises(ValueError, match="unknown key 'use_mrope'"):
+        check(*LLAMA, "--model.from_config.rope_theta=100.0", "--model.from_config.use_mrope=false")
+
+
+def test_a_policy_that_reads_images_too_is_judged_by_its_text_part(tmp_path: Path) -> None:
+    def write(folder: Path, **text: int) -> list[str]:
+        folder.mkdir()
+        values = {"model_type": "gemma3", "text_config": {"vocab_size": 40, "max_position_embeddings": 256, **text}}
+        (folder / "config.json").write_text(json.dumps(values))
+        return [f"--model.name_or_path={folder}", "--model.from_config=null", "--rollout.engine=hf"]
+
+    base = write(tmp_path / "base", hidden_size=32)
+    check(*base)
+    with pytest.raises(ValueError, match="the policy's vocab_size is 20"):
+        check(*write(tmp_path / "narrow", vocab_size=20))
+    write(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(ValueError, match="model: hidden_size = 32, but the cold start left a policy with 64"):
+        check(*base, start_from=tmp_path / "wide")
 
 
 def left_by_a_cold_start(recipe: Recipe, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import torch
 from rewards.sandbox import isolation_method
 from rl.config import Recipe, load_recipe
 from rl.data import ProblemSet, load_tokenizer
+from rl.policy.hf import save_any
 from rl.train import session, sft
 from rl.train.learner import make_accelerator
 
@@ -37,6 +38,20 @@ def test_random_policy_gets_its_vocabulary_from_the_tokenizer() -> None:
     assert policy.config.vocab_size == len(tokenizer) == 32
     assert policy.config.eos_token_id == tokenizer.eos_token_id
     assert sum(p.numel() for p in policy.parameters()) == 1_227_936
+
+
+def test_a_completion_ends_with_each_token_that_the_checkpoint_names(tmp_path: Path) -> None:
+    """A chat model ends its turn with another token than the end of text that its tokenizer knows."""
+    made = load_recipe(RECIPE, ["--model.tokenizer.special_tokens=[<turn>]", "--rollout.stop_strings=[]"])
+    tokenizer = load_tokenizer(made.model)
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    policy = session.make_policy(made.model, tokenizer, seed=0, device=torch.device("cpu"))
+    save_any(policy, tmp_path, tokenizer=tokenizer)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, tokenizer.eos_token_id]}))
+    recipe = load_recipe(RECIPE, [f"--model={{name_or_path: {tmp_path}, dtype: float32}}", "--rollout.stop_strings=[]"])
+    opened = session.Session(recipe, tmp_path, None, load_tokenizer(recipe.model), None)  # type: ignore[arg-type]
+    assert opened.sampling_params().stop_token_ids == (tokenizer.eos_token_id, turn)
+    assert opened.decode([*tokenizer("1+1")["input_ids"], turn]) == "1+1"
 
 
 def test_the_metric_must_be_one_of_the_reward_functions() -> None:
