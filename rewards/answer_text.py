@@ -21,6 +21,12 @@ class Match:
     decided: bool = True
 
 
+_OPTION = re.compile(
+    r"\A\W*(?:\\(?:text(?:bf|rm|it)?|mathbf|mathrm|bf)\s*\{?\s*)?"
+    r"(?:\([A-H]\)|[A-H][).:])\s*\}?(?:\\[ ,;:]|[\s~])*(?=\S)"
+)
+_SHARE = re.compile(r"(\d+) out of (\d+)")
+_LEAD = re.compile(r"(?:it is|it's|this is|on|in|at)\s+(?=[a-z]{3})(.+)")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s?([ap]m)?")
 _LABELLED = re.compile(r"\(?([A-H])[).:]\s*(?=\S)(.+)|\(([A-H])\)\s*(.+)", re.DOTALL)
 
@@ -34,6 +40,28 @@ def same_clock(gold: str, answer: str) -> Match | None:
     same_time = int(left.group(1)) == int(right.group(1)) and (left.group(2) or "00") == (right.group(2) or "00")
     halves = {left.group(3), right.group(3)} - {None}
     return Match(same_time and len(halves) == 1, "time of day")
+
+
+def option_value(text: str) -> str | None:
+    """What stands behind the letter of an option, or None.
+
+    >>> option_value(r"\\textbf{(C)}\\ 15"), option_value("15")
+    ('15', None)
+    """
+    label = _OPTION.match(text)
+    value = text[label.end() :].strip() if label is not None else ""
+    return (value.removesuffix("}") if value.count("}") > value.count("{") else value) or None
+
+
+def reworded(answer: str) -> str | None:
+    """Another reading of an answer that no rule found equal: without an option's letter, a share as a fraction, words
+    without their preposition (`(C) 15`, `5 out of 36`, `on Tuesday`)."""
+    plain = plain_words(answer)
+    if share := _SHARE.fullmatch(plain):
+        return f"{share.group(1)}/{share.group(2)}"
+    if lead := _LEAD.fullmatch(plain):
+        return lead.group(1)
+    return option_value(answer)
 
 
 def same_choice(gold: str, answer: str) -> Match | None:

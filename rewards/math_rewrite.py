@@ -93,3 +93,27 @@ def _replace(node: Node, old: Node, new: Node) -> Node:
         return new
     args = tuple(_replace(arg, old, new) for arg in node.args)
     return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
+
+
+def without_point_name(node: Node) -> Node:
+    """`P(1, 2)` as `(1, 2)`: a capital letter before coordinates names the point."""
+    if node.kind == "mul" and len(node.args) == 2 and node.args[1].kind == "tuple" and node.args[0].kind == "symbol":
+        return node.args[1] if node.args[0].text in "ABCDEHKMNOPQRSTUVWXYZ" else node
+    return node
+
+
+_INTEGER_NAMES = frozenset("kmn")
+
+
+def rename_integer(gold: Node, answer: Node) -> Node:
+    """`2\\pi n` for the reference `2\\pi k`: where `\\pi` or the set of integers stands beside it, the letter that runs
+    through the integers may have any name."""
+    old = (free_symbols(answer) - free_symbols(gold)) & _INTEGER_NAMES
+    new = (free_symbols(gold) - free_symbols(answer)) & _INTEGER_NAMES
+    if len(old) != 1 or len(new) != 1 or not (_runs(gold) and _runs(answer)):
+        return answer
+    return _replace(answer, Node("symbol", (), *old), Node("symbol", (), *new))
+
+
+def _runs(node: Node) -> bool:
+    return (node.kind, node.text) in (("constant", "pi"), ("number_set", "Z")) or any(map(_runs, node.args))
