@@ -86,7 +86,7 @@ _NOTATION = tuple(
         (r"\{\s*([:=])\s*\}", r"\1"),  # `3{:}30`
         (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\(?:tag|label)\*?\s*\{[^{}]*\}", " "),
         (r"\A\s*(?:\\(?:therefore|implies|Rightarrow|rightarrow)(?![a-zA-Z])|[=:])\s*(?=\S)", ""),
-        (r"\s*\\(?:checkmark|square|blacksquare|Box|qed)\s*\Z", ""),
+        (r"\\(?:checkmark|square|blacksquare|Box|qed)\s*\Z", ""),
         (rf"(\d)\s*(?:{_IN_TEXT}\{{\s*)?\(?(?:in )?base[ -](\d{{1,2}})\)?(?:\s*\}})?", r"\1_{\2}"),  # `110 (base 2)`
         (r"_\{?\((\d{1,2})\)\}?", r"_{\1}"),
         (  # `4^{\text{th}}`, `4th`
@@ -111,7 +111,8 @@ _SYMPY_I = re.compile(r"(?<=\*)(\s*)I(?![A-Za-z0-9_])")
 _ALIGNED = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split)\}(.{0,1000}?)\\end\s*\{\1\}", re.DOTALL)
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\\s*\Z")
 _EDGE_PAIRS = (
-    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("`", "`"), ("'", "'"),
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("```", "```"),
+    ("`", "`"), ("'", "'"),
     ("**", "**"), ("*", "*"), ("__", "__"), ("_", "_"),
 )  # fmt: skip
 # `\\\\sqrt`: a command whose backslash was doubled by a template (a row of a matrix never starts with these names).

@@ -47,6 +47,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\\\\|\\\{|\\\}|\*\*|<=|>=|!=|==|=>|->|[-+*/^_(){}\[\]|,;:=<>!'%&\"#@?.])"
     r"|(?P<space>\s+)"
 )
+_HYPHENATED = re.compile(r"(?P<word>[^\W\d_]{2,}(?:-[^\W\d_]+)+)")
 _SCIENTIFIC = re.compile(r"(?<![a-zA-Z0-9])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,12})(?![\w.])")
 _BALANCED_TEXT = re.compile(r"\{([^{}]*)\}")
 
@@ -89,6 +90,10 @@ def tokenize(text: str, *, max_tokens: int = 600) -> list[Token]:
         if kind == "space":
             spaced = True
             continue
+        behind = tokens[-1].kind if tokens else ""
+        if kind == "word" and (behind == "word" or (behind == "number" and spaced)):
+            match = _HYPHENATED.match(text, match.start()) or match  # `40 push-ups`
+            position = match.end()
         if kind == "command" and match.group("command") in _TEXT_COMMANDS:
             inner = _BALANCED_TEXT.match(text, _skip_blanks(text, position))
             if inner is None:
@@ -164,6 +169,8 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
     if len(word) == 1:
         return [Token("letter" if word.isascii() or "\u0370" <= word <= "\u03ff" else "word", word, spaced)]
     lower = word.lower()
+    if "-" in word:
+        return [Token("word", word, spaced)]
     if lower in ("and", "or"):
         return [Token("op", lower, spaced)]
     if word in CONSTANTS or lower == "pi":

@@ -59,6 +59,15 @@ _REJECTED_LETTER = re.compile(
     r"(?:\b[Nn]ot|n't|\b[Nn]ever)\s+(?:option\s+)?[(\[]?[A-J][)\]]?(?![A-Za-z])"
     r"|(?<![A-Za-z])[(\[]?[A-J][)\]]?\s+(?:is|are)\s*(?:n't|not|wrong|incorrect|false)\b"
 )
+# Options that are only named to be ruled out: `eliminating A, C and D`, `it is not A or C`, `both A and C are wrong`.
+_LETTERS = r"[(\[]?[A-J][)\]]?(?:(?:,\s*(?:and|or|nor)?|\s+(?:and|or|nor)|\s*&)\s*[(\[]?[A-J][)\]]?(?![A-Za-z]))+"
+_RULED_OUT = re.compile(
+    rf"\b(?:not|neither|eliminat\w+|exclud\w+|reject\w*|rul\w+ out)\s+(?:(?:options?|choices?)\s+)?{_LETTERS}"
+    rf"|\b(?:both\s+)?(?:(?:options?|choices?)\s+)?{_LETTERS}\s+(?:are|were|can be)\s+"
+    r"(?:all\s+|both\s+)?(?:not|wrong|incorrect|false|invalid|eliminated|excluded|ruled out)\b",
+    re.IGNORECASE,
+)
+_CORRECTED = re.compile(r"\b(?:wait|actually|correction|oops)\b", re.IGNORECASE)
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
 _NO_LETTER = "no option named"
@@ -158,6 +167,8 @@ def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
     if label is not None and len(text) <= 300:
         letter = label.group(1).upper()
         rest = text[label.end() :].strip()
+        if _MARKER.match(rest.removeprefix("The ").removeprefix("the ")):
+            return ""  # `A: The answer is B`
         if letter not in options.letters or any(m.group(1) != letter and m.group(3) for m in _MENTION.finditer(rest)):
             return ""
         matching = _matching_options(rest, options)
@@ -227,11 +238,14 @@ def _fault(text: str, letter: str, options: Options) -> str:
 
 def _free_choice(text: str, options: Options) -> Extraction:
     """The last stated choice: behind the last marker, on the last line, or the last letter of the last sentence."""
-    tail = text[-MAX_CHARS:].strip()
+    tail = _RULED_OUT.sub(" ", text[-MAX_CHARS:]).strip()
     last_line = tail.rpartition("\n")[2].strip()
     if (_LABEL.match(last_line) is not None and last_line[0] != "a") and (letter := _letter_of(last_line, options)):
         return Extraction(letter, "last line")
     for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
+        corrected = _CORRECTED.search(tail, marker.end())
+        if corrected is not None and (later := _mentions(tail[corrected.end() :], options)):
+            return Extraction(later[-1], "corrected")
         phrase = re.split(r"\n|(?<=[^\s(][^A-J])\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1)[0]
         if letter := _letter_of(phrase, options):
             return Extraction(letter, "marked")

@@ -83,7 +83,9 @@ Path({folder!r}, f"rank {{accelerator.process_index}} of {{accelerator.num_proce
 def test_accelerate_with_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), here=str(Path(__file__).parent), folder=str(tmp_path)), encoding="utf-8")
+    script.write_text(
+        SCRIPT.format(root=str(ROOT), here=str(Path(__file__).parent), folder=str(tmp_path)), encoding="utf-8"
+    )
     config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command = [*launcher, "--num_processes", "2", str(script)]
