@@ -50,7 +50,7 @@ MARKER = re.compile(
 _STRONG_MARKER = re.compile(
     r"####|final|answers?[\s*]*(?:is|are)\b|答案|r[ée]ponse|respuesta|antwort|risposta|resposta|ответ", re.IGNORECASE
 )
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
+_SENTENCE_END = re.compile(r"\n|(?<!\bRs)\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
 _ALTERNATIVE = re.compile(r"\s*\(\s*(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
 _NO_VALUE = re.compile(
     r"(?:\\text\s*\{\s*)?(?:not|never|more than|less than|fewer than|greater than|between)\b", re.IGNORECASE

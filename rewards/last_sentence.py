@@ -52,17 +52,24 @@ _NO_SOLUTION = re.compile(r"\bno (?:(?:real|integer|such|possible|positive) )?(?
 # Numbers as prose writes them, and as the parser knows them.
 _BASE = re.compile(r"\b(\d+)\s*\(?(?:in )?base[ -]?(\d{1,2})\b\)?")
 _SIGN_WORD = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )\b(?:negative|minus) (?=\d)", re.IGNORECASE)
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,(\[{])(\d+),(\d{1,2})(?![\d,.]\d|\d|[)\]}])")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,(\[{$])(\d+),(\d{1,2})(?![\d,.]\d|\d|[)\]}$])")
 _BLANK_THOUSANDS = re.compile(
     r"(?:(?<![\d.,])\d{1,3}(?: \d{3})+(?= [^\W\d_])|(?<=[$€£])\s?\d{1,3}(?: \d{3})+)(?![\d.,]?\d)"
 )
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,99}>>")
+# `$\\sqrt 2$ or approximately $1.41$` is one formula.
+_APPROXIMATELY = re.compile(
+    r"(?<=[^\s$])\$,?\s\(?(?:or |which is |that is )?(?:approximately|about|roughly) \$(?=[^\s$])"
+)
+# `16 - 7 = 9, 9 * 2 = 18`: steps, of which the last counts.
+_STEPS = re.compile(r"\A(?:[\d\s.+*/()x×÷-]{1,99}=[\d\s.]{1,20},)+(?=[\d\s.+*/()x×÷-]+=)")
 _CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
 
 
 def last_sentence(text: str) -> Extraction:
     """No box and no marker: the number or formula of the last sentence that has one."""
     if len(text) <= MAX_ANSWER_CHARS and "\n" not in text and is_direct(text):
-        return Extraction(text, "whole text")
+        return Extraction(_STEPS.sub("", text), "whole text")
     text = _plain_numbers(text)
     result = _last_result(text)
     prose = _CODE.sub(" ", text[-4 * MAX_ANSWER_CHARS :])
@@ -101,7 +108,8 @@ def _without_aside(sentence: str) -> str:
 
 
 def _plain_numbers(text: str) -> str:
-    """`minus 7`, `1011 in base 2`, `2,5`, `1 500 euros` as `-7`, `1011_2`, `2.5`, `1500 euros`."""
+    """`minus 7`, `1011 in base 2`, `2,5`, `1 500 euros` as `-7`, `1011_2`, `2.5`, `1500 euros`; calculator marks go."""
+    text = _CALCULATOR.sub("", _APPROXIMATELY.sub(r" \\approx ", text))
     text = _SIGN_WORD.sub("-", _BASE.sub(r"\1_\2", text))
     text = _BLANK_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     return _DECIMAL_COMMA.sub(r"\1.\2", text)

@@ -35,6 +35,7 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("∣｜", "|"),
         **{char: rf"\{name} " for char, name in zip("δεμµρστχψΔΩ", _GREEK_NAMES, strict=True)},
         "∗": "*", "≡": r"\equiv ", "→": r"\rightarrow ", "℃": r"^{\circ}C", "℉": r"^{\circ}F", "∴": r"\therefore ",
+        "¢": r"\text{ cents}",
         "÷": "/", "∕": "/", "⁄": "/", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "º": r"^{\circ}",
         "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ",
@@ -84,6 +85,7 @@ _NOTATION = tuple(
     for pattern, new in (
         (r"\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
         (r"\{\s*([:=])\s*\}", r"\1"),  # `3{:}30`
+        (r"(?<=\d )o'clock\b", "oclock"),
         (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\(?:tag|label)\*?\s*\{[^{}]*\}", " "),
         (r"\A\s*(?:\\(?:therefore|implies|Rightarrow|rightarrow)(?![a-zA-Z])|[=:])\s*(?=\S)", ""),
         (r"\\(?:checkmark|square|blacksquare|Box|qed)\s*\Z", ""),

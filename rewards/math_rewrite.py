@@ -95,10 +95,16 @@ def _replace(node: Node, old: Node, new: Node) -> Node:
     return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
 
 
+_CAPITALS = frozenset("ABCDEHKMNOPQRSTUVWXYZ")  # names of points; F and G name functions
+
+
 def without_point_name(node: Node) -> Node:
-    """`P(1, 2)` as `(1, 2)`: a capital letter before coordinates names the point."""
+    """`P(1, 2)` as `(1, 2)`: a capital letter before coordinates names the point. `\\overline{CD}` as `CD`."""
+    if node.kind == "opaque" and node.text == "overline" and node.args[0].kind == "mul":
+        ends = node.args[0].args
+        return node.args[0] if len(ends) == 2 and all(end.text in _CAPITALS for end in ends) else node
     if node.kind == "mul" and len(node.args) == 2 and node.args[1].kind == "tuple" and node.args[0].kind == "symbol":
-        return node.args[1] if node.args[0].text in "ABCDEHKMNOPQRSTUVWXYZ" else node
+        return node.args[1] if node.args[0].text in _CAPITALS else node
     return node
 
 

@@ -22,7 +22,9 @@ from rewards.tag_format import answer_block
 LETTERS = "ABCDEFGHIJ"
 MAX_CHARS = 4000
 
-_LABEL = re.compile(r"\A\s*[(\[]?([A-Ja-j])\s*[)\].:]\s*")
+# `B) 4`, `Option B: 4`; `C.P. of 1 kg` has no label.
+_LABEL = re.compile(r"\A\s*(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(\[]?([A-Ja-j])\s*(?:[)\]:]|\.(?![A-Za-z]\.))\s*")
+_NAMED = re.compile(r"\b(?:option|choice)\s*[(\[]?([A-J])\b", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|mbox|bf|rm)(?![a-zA-Z])\s*")
 # A letter by itself: `B`, `(B)`, `B)`, `**B.**`; CJK text may touch it.
 _MENTION = re.compile(r"(?<![A-Za-z0-9'_])(?:[(\[]?([A-J])|(?<=[(\[])([a-j])(?=[)\]]))(?![A-Za-z0-9'_])(\s*[)\].:,])?")
@@ -117,7 +119,7 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
     if boxes and (letter := _letter_of(boxes[-1].content, options)):
         return Extraction(letter, "boxed")
     plain = _without_marks(text)
-    if letter := _letter_of(plain, options):
+    if "\n" not in plain and not _MARKER.search(plain) and (letter := _letter_of(plain, options)):
         return Extraction(letter, "whole text")
     found = _free_choice(plain, options)
     if found.answer is None and found.how == _NO_LETTER and (answer := free_answer(text).answer):
@@ -182,7 +184,14 @@ def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
 def _matching_options(text: str, options: Options) -> list[str]:
     if not options.texts or len(text) > 300:
         return []
-    return [letter for letter, option in options.texts.items() if option and compare_texts(option, text).equal]
+    matches = {option: compare_texts(option, text) for option in options.texts.values() if option}
+    literally = any(match.rule in ("same text", "same words") for match in matches.values())
+    rules = ("same text", "same words") if literally else None  # `3% profit` is not `3% loss`
+    return [
+        letter
+        for letter, option in options.texts.items()
+        if option and matches[option].equal and (rules is None or matches[option].rule in rules)
+    ]
 
 
 def _mentions(text: str, options: Options) -> list[str]:
@@ -242,23 +251,29 @@ def _free_choice(text: str, options: Options) -> Extraction:
     last_line = tail.rpartition("\n")[2].strip()
     if (_LABEL.match(last_line) is not None and last_line[0] != "a") and (letter := _letter_of(last_line, options)):
         return Extraction(letter, "last line")
+    chosen = list(_CHOSEN.finditer(tail))
     for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
+        if chosen and chosen[-1].end() > marker.end() and chosen[-1].group(1).upper() in options.letters:
+            return Extraction(chosen[-1].group(1).upper(), "marked")
         corrected = _CORRECTED.search(tail, marker.end())
         if corrected is not None and (later := _mentions(tail[corrected.end() :], options)):
             return Extraction(later[-1], "corrected")
-        phrase = re.split(r"\n|(?<=[^\s(][^A-J])\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1)[0]
+        phrase = re.split(
+            r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1
+        )[0]
         if letter := _letter_of(phrase, options):
             return Extraction(letter, "marked")
         letters = _mentions(phrase, options)
         if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
             return Extraction(None, "several options")
+        if named := [letter.upper() for letter in _NAMED.findall(phrase) if letter.upper() in letters]:
+            return Extraction(named[-1], "marked")  # `D/3, which is option A`
         if letters and not _NO_OPTION.search(tail[marker.end() :]):
             return Extraction(letters[0], "marked")
         answer = free_answer(phrase).answer if phrase else None
         matching = _matching_options(answer, options) if answer else []
         if len(matching) == 1:
             return Extraction(matching[0], "option text")
-    chosen = list(_CHOSEN.finditer(tail))
     if chosen and chosen[-1].group(1).upper() in options.letters:
         return Extraction(chosen[-1].group(1).upper(), "marked")
     sentences = [piece for piece in re.split(r"(?<=[.!?])\s+|\n+", tail) if piece.strip()]
