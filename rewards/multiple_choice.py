@@ -69,6 +69,7 @@ _RULED_OUT = re.compile(
     r"(?:all\s+|both\s+)?(?:not|wrong|incorrect|false|invalid|eliminated|excluded|ruled out)\b",
     re.IGNORECASE,
 )
+_PHRASE_END = re.compile(r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。")
 _CORRECTED = re.compile(r"\b(?:wait|actually|correction|oops)\b", re.IGNORECASE)
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
@@ -251,31 +252,15 @@ def _free_choice(text: str, options: Options) -> Extraction:
     last_line = tail.rpartition("\n")[2].strip()
     if (_LABEL.match(last_line) is not None and last_line[0] != "a") and (letter := _letter_of(last_line, options)):
         return Extraction(letter, "last line")
-    chosen = list(_CHOSEN.finditer(tail))
+    chosen = [match for match in _CHOSEN.finditer(tail) if match.group(1).upper() in options.letters][-1:]
     for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
-        if chosen and chosen[-1].end() > marker.end() and chosen[-1].group(1).upper() in options.letters:
-            return Extraction(chosen[-1].group(1).upper(), "marked")
-        corrected = _CORRECTED.search(tail, marker.end())
-        if corrected is not None and (later := _mentions(tail[corrected.end() :], options)):
-            return Extraction(later[-1], "corrected")
-        phrase = re.split(
-            r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1
-        )[0]
-        if letter := _letter_of(phrase, options):
-            return Extraction(letter, "marked")
-        letters = _mentions(phrase, options)
-        if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
-            return Extraction(None, "several options")
-        if named := [letter.upper() for letter in _NAMED.findall(phrase) if letter.upper() in letters]:
-            return Extraction(named[-1], "marked")  # `D/3, which is option A`
-        if letters and not _NO_OPTION.search(tail[marker.end() :]):
-            return Extraction(letters[0], "marked")
-        answer = free_answer(phrase).answer if phrase else None
-        matching = _matching_options(answer, options) if answer else []
-        if len(matching) == 1:
-            return Extraction(matching[0], "option text")
-    if chosen and chosen[-1].group(1).upper() in options.letters:
-        return Extraction(chosen[-1].group(1).upper(), "marked")
+        if chosen and chosen[0].end() > marker.end():
+            break
+        found = _marked_choice(tail[marker.end() :], options)
+        if found is not None:
+            return found
+    if chosen:
+        return Extraction(chosen[0].group(1).upper(), "marked")
     sentences = [piece for piece in re.split(r"(?<=[.!?])\s+|\n+", tail) if piece.strip()]
     last = sentences[-1] if sentences else ""
     if _NO_OPTION.search(last):
@@ -289,6 +274,26 @@ def _free_choice(text: str, options: Options) -> Extraction:
     if opening and len(text) == len(tail) and tail.lstrip("([").startswith(opening[0]) and not _NO_OPTION.search(tail):
         return Extraction(opening[0], "first word")
     return Extraction(None, _NO_LETTER)
+
+
+def _marked_choice(tail: str, options: Options) -> Extraction | None:
+    """The choice that stands behind a marker, at the beginning of `tail`; None when there is none."""
+    corrected = _CORRECTED.search(tail)
+    if corrected is not None and (later := _mentions(tail[corrected.end() :], options)):
+        return Extraction(later[-1], "corrected")
+    phrase = _PHRASE_END.split(tail.lstrip(" \n:("), maxsplit=1)[0]
+    if letter := _letter_of(phrase, options):
+        return Extraction(letter, "marked")
+    letters = _mentions(phrase, options)
+    if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
+        return Extraction(None, "several options")
+    if named := [letter.upper() for letter in _NAMED.findall(phrase) if letter.upper() in letters]:
+        return Extraction(named[-1], "marked")  # `D/3, which is option A`
+    if letters and not _NO_OPTION.search(tail):
+        return Extraction(letters[0], "marked")
+    answer = free_answer(phrase).answer if phrase else None
+    matching = _matching_options(answer, options) if answer else []
+    return Extraction(matching[0], "option text") if len(matching) == 1 else None
 
 
 def score_choice(gold: object, extraction: Extraction, options: Options) -> Score:
