@@ -118,7 +118,8 @@ def rename_integer(gold: Node, answer: Node) -> Node:
     new = (free_symbols(gold) - free_symbols(answer)) & _INTEGER_NAMES
     if len(old) != 1 or len(new) != 1 or not (_runs(gold) and _runs(answer)):
         return answer
-    return _replace(answer, Node("symbol", (), *old), Node("symbol", (), *new))
+    (old_name,), (new_name,) = old, new
+    return _replace(answer, Node("symbol", (), old_name), Node("symbol", (), new_name))
 
 
 def _runs(node: Node) -> bool:
