@@ -22,6 +22,7 @@ from rewards.phrases import (
     last_cluster,
     last_numbers,
     numbers_in,
+    stated_in_words,
     without_condition,
 )
 
@@ -43,7 +44,9 @@ _REMARK = re.compile(
     r"|\b(?:I hope this|let me know|feel free)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-_ASIDE = re.compile(r"\s*\((?!\s*or\b)[^()]*\)(?=\W*\Z)|,?\s+(?:since|because|given that|assuming)\b.*\Z", re.DOTALL)
+_ASIDE = re.compile(
+    r"\s*\((?!\s*or\b)[^()]*\)(?=\W*\Z)|(?:,?\s+(?:since|because|given that|assuming)|,\s+where)\b.*\Z", re.DOTALL
+)
 _UNKNOWN = re.compile(
     r"\b(?:cannot|can't|can not|could not|not possible to) "
     r"(?:be )?(?:determined?|known?|answer(?:ed)?|solved?|calculated?)\b"
@@ -56,11 +59,12 @@ _DECIMAL_COMMA = re.compile(r"(?<![\d.,(\[{$])(\d+),(\d{1,2})(?![\d,.]\d|\d|[)\]
 _BLANK_THOUSANDS = re.compile(
     r"(?:(?<![\d.,])\d{1,3}(?: \d{3})+(?= [^\W\d_])|(?<=[$€£])\s?\d{1,3}(?: \d{3})+)(?![\d.,]?\d)"
 )
-_CALCULATOR = re.compile(r"<<[^<>\n]{0,99}>>")
+_MARKS = re.compile(r"<<[^<>\n]{0,99}>>|\$\s?\\(?:blacksquare|square|Box|qed)\s?\$")
 # `$\\sqrt 2$ or approximately $1.41$` is one formula.
 _APPROXIMATELY = re.compile(
     r"(?<=[^\s$])\$,?\s\(?(?:or |which is |that is )?(?:approximately|about|roughly) \$(?=[^\s$])"
 )
+_WHOLE = re.compile(r"\bof (?:the|these|those|all|its|his|her|their) \Z")  # `$3$ of these $10$ numbers`
 # `16 - 7 = 9, 9 * 2 = 18`: steps, of which the last counts.
 _STEPS = re.compile(r"\A(?:[\d\s.+*/()x×÷-]{1,99}=[\d\s.]{1,20},)+(?=[\d\s.+*/()x×÷-]+=)")
 _CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
@@ -100,7 +104,7 @@ def _without_remark(prose: str) -> str:
 def _without_aside(sentence: str) -> str:
     """`3 bolts (2 blue and 1 white)` as `3 bolts`; `2 hours and 40 minutes (160 minutes)` stays."""
     aside = _ASIDE.search(sentence)
-    if aside is None or "=" in sentence[: aside.start()]:
+    if aside is None or ("=" in sentence[: aside.start()] and not re.search("[a-z]{3}", aside.group())):
         return sentence
     before = numbers_in(sentence[: aside.start()])
     bracketed = aside.group().lstrip().startswith("(")
@@ -108,8 +112,9 @@ def _without_aside(sentence: str) -> str:
 
 
 def _plain_numbers(text: str) -> str:
-    """`minus 7`, `1011 in base 2`, `2,5`, `1 500 euros` as `-7`, `1011_2`, `2.5`, `1500 euros`; calculator marks go."""
-    text = _CALCULATOR.sub("", _APPROXIMATELY.sub(r" \\approx ", text))
+    """`minus 7`, `1011 in base 2`, `2,5`, `1 500 euros` as `-7`, `1011_2`, `2.5`, `1500 euros`; marks of a
+    calculator and of the end of a proof go."""
+    text = _MARKS.sub("", _APPROXIMATELY.sub(r" \\approx ", text))
     text = _SIGN_WORD.sub("-", _BASE.sub(r"\1_\2", text))
     text = _BLANK_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     return _DECIMAL_COMMA.sub(r"\1.\2", text)
@@ -136,11 +141,12 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
         return strip_edges(sentence)
     bold = re.findall(r"\*\*((?:[^*\n:：]|(?<=\d):(?=\d)){1,80})\*\*(?!\s*[:：])", sentence)
     if bold and (is_direct(bold[-1]) or not numbers_in(sentence)):
-        return strip_edges(bold[-1])
+        return stated_in_words(bold[-1]) or strip_edges(bold[-1])
     if bold and (numbers := numbers_in(bold[-1])):
         return numbers[-1]
     sentence = _without_aside(sentence)
     segments = formulas(sentence)
+    segments = [span for span in segments if not _WHOLE.search(sentence[: span.start])] or segments
     right = behind_connective(sentence)
     if right is not None and "$" not in right and re.search(r"\d", right) and (segments or not _is_plain(right)):
         return right
@@ -177,7 +183,7 @@ def _sentence_answer(sentence: str, result: str | None) -> str | None:
 
 def _is_plain(value: str) -> bool:
     """A number, perhaps with a unit: what `NUMBER` finds as well."""
-    return bool(re.fullmatch(rf"{NUMBER.pattern}[\sA-Za-z.%°]*", value))
+    return bool(re.fullmatch(rf"(?:{NUMBER.pattern})[\sA-Za-z.%°]*", value))
 
 
 def _same_digits(left: str, right: str) -> bool:
@@ -197,8 +203,9 @@ def _is_aside(sentence: str, number: str) -> bool:
         re.search(
             rf"{escaped}\s?(?:a\.?m|p\.?m|o'clock)\b|\b(?:of|around|among|between|from|for|in|on|over) "
             rf"(?:the|these|those|all|his|her|its|their) (?:[a-z]+ )?{escaped}"
-            rf"|\d.*?\b(?:than|after|out of|over|for|to [a-z]+|by [a-z]+ing(?: the remaining)?) (?:the |all )?"
-            rf"(?![$€£]){escaped}(?!\d)"
+            rf"|\d [a-z]+ of {escaped}(?!\d)"
+            rf"|\d.*?\b(?:than|out of|over|for|to [a-z]+|after(?: [a-z]+ing(?: [a-z]+)?)?|by [a-z]+ing(?: the remaining)?) "
+            rf"(?:the |all )?(?![$€£]){escaped}(?!\d)"
             rf"|\b(?:by|at|in|on|number|No\.)\s{escaped}(?!\s*(?:[A-Za-z]+\s+)?(?:\.|\Z))|#\s?{escaped}",
             sentence,
         )

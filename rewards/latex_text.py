@@ -86,7 +86,7 @@ _NOTATION = tuple(
         (r"\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
         (r"\{\s*([:=])\s*\}", r"\1"),  # `3{:}30`
         (r"(?<=\d )o'clock\b", "oclock"),
-        (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\(?:tag|label)\*?\s*\{[^{}]*\}", " "),
+        (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\tag\*?\s*\{[\dA-Za-z*]\}", " "),
         (r"\A\s*(?:\\(?:therefore|implies|Rightarrow|rightarrow)(?![a-zA-Z])|[=:])\s*(?=\S)", ""),
         (r"\\(?:checkmark|square|blacksquare|Box|qed)\s*\Z", ""),
         (rf"(\d)\s*(?:{_IN_TEXT}\{{\s*)?\(?(?:in )?base[ -](\d{{1,2}})\)?(?:\s*\}})?", r"\1_{\2}"),  # `110 (base 2)`

@@ -73,6 +73,7 @@ _CONDITION = re.compile(
     r"\sfor (?:all|every|any|each)\b|,\s+(?:which (?:occurs|happens|is (?:attained|achieved|reached))|attained|"
     r"achieved|reached|occurring|when|where|with equality|since|because)\b"
 )
+_GIVEN = re.compile(r"\b(?:since|because|as|if|when) \$[^$\n]{1,200}\$,", re.IGNORECASE)
 _DATE = re.compile(
     r"(?:January|February|March|April|May|June|July|August|September|October|November|December) "
     r"\d{1,2}(?:st|nd|rd|th)?",
@@ -82,6 +83,8 @@ _DATE = re.compile(
 
 def without_condition(text: str) -> str:
     """`text` up to what is said of its formula: `$f(n) = n^2$ for all $n \\ge 1$` without the last four words."""
+    given = _GIVEN.sub("", text)
+    text = given if formulas(given) else text
     for condition in _CONDITION.finditer(text):
         if formulas(text[: condition.start()]):
             return text[: condition.start()]
