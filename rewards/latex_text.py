@@ -86,6 +86,7 @@ _NOTATION = tuple(
         (r"\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
         (r"\{\s*([:=])\s*\}", r"\1"),  # `3{:}30`
         (r"(?<=\d )o'clock\b", "oclock"),
+        (r"\\mathbb\s*\{?R\}?\s*\^\s*\{?\+\}?", r"(0,\\infty)"),
         (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\tag\*?\s*\{[\dA-Za-z*]\}", " "),
         (r"\A\s*(?:\\(?:therefore|implies|Rightarrow|rightarrow)(?![a-zA-Z])|[=:])\s*(?=\S)", ""),
         (r"\\(?:checkmark|square|blacksquare|Box|qed)\s*\Z", ""),
@@ -110,7 +111,7 @@ BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
 # `4*I`, as sympy prints the imaginary unit; the rows of aligned equations; a blank whose command lost its blank.
 _SYMPY_I = re.compile(r"(?<=\*)(\s*)I(?![A-Za-z0-9_])")
-_ALIGNED = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split)\}(.{0,1000}?)\\end\s*\{\1\}", re.DOTALL)
+_ALIGNED = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split|cases)\}(.{0,1000}?)\\end\s*\{\1\}", re.DOTALL)
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\\s*\Z")
 _EDGE_PAIRS = (
     ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("```", "```"),
@@ -154,25 +155,28 @@ def _rename(match: re.Match[str]) -> str:
 
 
 def _equations(match: re.Match[str]) -> str:
-    """The rows of aligned equations as a list."""
+    """The rows of aligned equations as a list; the cases of a function stay."""
+    if match.group(1) == "cases" and "&" in match.group(2):
+        return match.group()
     rows = match.group(2).replace("&", " ").split("\\\\")
     return ", ".join(row.strip().rstrip(",") for row in rows if row.strip())
 
 
-_REALS = re.compile(
-    r"(?:x is |x can be )?(?:the set of )?(?:all )?real(?: number)?s?"
+_SPELLED_SET = re.compile(
+    r"(?:x is |x can be )?(?:the set of )?(?:all )?(?:(real)(?: number| value)?s?(?: of)?(?: x)?|(integer)s?)"
     r"(?:,? (?:except|other than|but|excluding|not equal to)(?: for)? (?:x ?= ?)?(-?[\w/.]+))?"
 )
 
 
 def _spelled_set(text: str) -> str:
-    """`all real numbers`, `all real numbers except 2`."""
-    if "real" not in text.lower():
+    """`all real numbers`, `all real numbers except 2`, `all integers` in signs."""
+    if "real" not in text.lower() and "integers" not in text.lower():
         return text
-    spelled = _REALS.fullmatch(" ".join(plain_letters(text).casefold().strip(" .,:;").split()))
-    if spelled is None or spelled.group() == "real":
+    spelled = _SPELLED_SET.fullmatch(" ".join(plain_letters(text).casefold().strip(" .,:;").split()))
+    if spelled is None or spelled.group() in ("real", "integer"):
         return text
-    return "\\mathbb{R}" + (f"\\setminus\\{{{spelled[1]}\\}}" if spelled[1] else "")
+    numbers = "\\mathbb{R}" if spelled[1] else "\\mathbb{Z}"
+    return numbers + (f"\\setminus\\{{{spelled[3]}\\}}" if spelled[3] else "")
 
 
 def strip_math_delimiters(text: str) -> str:

@@ -83,8 +83,8 @@ def _compare(gold: str, answer: str) -> Match:
     words = plain_words(gold)
     if words and words == plain_words(answer) and not _LAYOUT_COUNTS.search(gold + answer):
         return Match(True, "same words")
-    if _DOLLARS.search(gold) and _CENTS.search(answer) and not _CENTS.search(gold):
-        return Match(False, "cents are no dollars")
+    if (money := _dollars_and_cents(gold, answer)) is not None:
+        return money
     shortcut = same_clock(words, plain_words(answer)) or same_choice(gold, answer) or same_spaced_list(gold, answer)
     if shortcut is not None:
         return shortcut
@@ -100,6 +100,22 @@ def _compare(gold: str, answer: str) -> Match:
         plain = exact_value(gold_tree) is not None or not _looks_mathematical(answer)
         return Match(False, "answer is no expression", decided=plain)
     return compare_trees(gold_tree, answer_tree)
+
+
+def _dollars_and_cents(gold: str, answer: str) -> Match | None:
+    """`\\$0.30` is 30 cents, `\\$30` is not; None where not one side is in dollars and the other in cents."""
+    in_cents = [bool(_CENTS.search(text)) for text in (gold, answer)]
+    in_dollars = [
+        bool(_DOLLARS.search(text)) and not cents for text, cents in zip((gold, answer), in_cents, strict=True)
+    ]
+    if in_cents.count(True) != 1 or in_dollars.count(True) != 1:
+        return None
+    try:
+        left, right = (exact_value(parse_math(text)) for text in (gold, answer))
+    except MathSyntaxError:
+        return None
+    factor = Fraction(100) if in_dollars[0] else Fraction(1, 100)
+    return Match(left is not None and right is not None and left * factor == right, "dollars and cents")
 
 
 def _looks_mathematical(text: str) -> bool:
