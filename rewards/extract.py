@@ -53,7 +53,8 @@ _STRONG_MARKER = re.compile(
 _SENTENCE_END = re.compile(r"\n|(?<!\bRs)\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
 _ALTERNATIVE = re.compile(r"\s*\(\s*(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
 _NO_VALUE = re.compile(
-    r"(?:\\text\s*\{\s*)?(?:not|never|more than|less than|fewer than|greater than|between)\b", re.IGNORECASE
+    r"(?:\\text\s*\{\s*)?(?:(?:not|never|nicht|more than|less than|fewer than|greater than|between)\b|不是)",
+    re.IGNORECASE,
 )
 _WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _SIGNS = re.compile(r"[-+*/^=<>≠≤≥‰\\]")

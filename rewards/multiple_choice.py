@@ -38,8 +38,8 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept"
-    r"|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
+    r"(?:(?:不是|不选|并非)\s*|(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|\bnicht|\bno es|\bexcept"
+    r"|\brather than|\binstead of)\s+)(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(

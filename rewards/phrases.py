@@ -58,7 +58,10 @@ _CONNECTIVE = re.compile(
 )
 # What an answer is contrasted with: `12, not 13`.
 REJECTED = re.compile(
-    r",?\s+(?:(?:but|and)\s+)?(?:not|instead of|rather than)\s+(?:(?:at|by|in|on)\s+)?(?:\$|\\\(|\d).*\Z", re.DOTALL
+    r"不是\s*\$?\d[\d.]*"
+    r"|,?\s+(?:(?:but|and)\s+)?(?:not|instead of|rather than|nicht|no es|n'est pas|non è|não é)\s+"
+    r"(?:(?:at|by|in|on)\s+)?(?:\$|\\\(|\d).*\Z",
+    re.DOTALL,
 )
 # Words of a sentence; where one of them stands behind a value, the words are no unit.
 _SENTENCE_WORDS = name_set(
