@@ -246,9 +246,7 @@ class _Parser(AtomParser):
             self.at += 1
             fraction = self.parse_atom()
             if all(part.kind == "number" and not part.decimal for part in fraction.args):
-                mixed = Node("add", (number_node(whole.text), fraction))
-                marked = self.peek().text == "%" or "circ" in (self.peek(1).text, self.peek(2).text)
-                return self.parse_postfix(mixed) if marked else mixed
+                return self._marked(Node("add", (number_node(whole.text), fraction)))
         elif (
             following.kind == "number"
             and following.spaced
@@ -258,9 +256,15 @@ class _Parser(AtomParser):
         ):
             top, bottom = following.text, self.peek(3).text
             self.at += 4
-            return Node("add", (number_node(whole.text), Node("div", (number_node(top), number_node(bottom)))))
+            fraction = Node("div", (number_node(top), number_node(bottom)))
+            return self._marked(Node("add", (number_node(whole.text), fraction)))
         self.at = start
         return None
+
+    def _marked(self, mixed: Node) -> Node:
+        """A mixed number with its percent or degree sign."""
+        marked = self.peek().text == "%" or "circ" in (self.peek(1).text, self.peek(2).text)
+        return self.parse_postfix(mixed) if marked else mixed
 
     def _unit(self, value: Node) -> Node:
         """Words behind a value: its unit (`square inches`, `dollars per week`), kept as text."""

@@ -170,7 +170,7 @@ def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
     if label is not None and len(text) <= 300:
         letter = label.group(1).upper()
         rest = text[label.end() :].strip()
-        if _MARKER.match(rest.removeprefix("The ").removeprefix("the ")):
+        if _MARKER.search(rest):
             return ""  # `A: The answer is B`
         if letter not in options.letters or any(m.group(1) != letter and m.group(3) for m in _MENTION.finditer(rest)):
             return ""
