@@ -47,7 +47,10 @@ _SIGNS = str.maketrans(
     }
 )  # fmt: skip
 _MONEY = "$€£¥₹₽₩฿₫₺₪￥￡"
-_CURRENCY = re.compile(rf"(?:\\\$|(?:US|USD|EUR|Rs\.?|INR|A)\s?\$?(?=\s?\d)|[{re.escape(_MONEY[1:])}])")
+_CURRENCY = re.compile(
+    r"(?<![A-Za-z])(?:US|CA|AU|NZ|HK|A|C)\s?\\?\$(?=\s?\d)|\\\$|(?<![A-Za-z])(?:USD|EUR|GBP|Rs\.?|INR)(?=\s?\d)"
+    rf"|[{re.escape(_MONEY[1:])}]"
+)
 _SPACING = re.compile(
     r"(?<!\\)\\(?:quad|qquad|,|;|:|>| |enspace|thinspace|hfill|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})|~"
     r"|\\phantom\{[^{}]*\}"

@@ -70,7 +70,7 @@ def compare_texts(gold: str, answer: str) -> Match:
         return Match(False, f"an answer of more than {MAX_CHARS} characters")
     try:
         match = _compare(gold, answer)
-        other = reworded(answer) if match.decided and not match.equal else None
+        other = None if match.equal else reworded(answer)
     except HostileText as error:
         return Match(False, str(error))
     again = _compare(gold, other) if other is not None else match
@@ -108,6 +108,8 @@ def _dollars_and_cents(gold: str, answer: str) -> Match | None:
     in_dollars = [
         bool(_DOLLARS.search(text)) and not cents for text, cents in zip((gold, answer), in_cents, strict=True)
     ]
+    if _DOLLARS.search(answer) and in_cents == [False, True]:
+        return Match(False, "dollars and cents")  # `$42 or 42 cents`
     if in_cents.count(True) != 1 or in_dollars.count(True) != 1:
         return None
     try:

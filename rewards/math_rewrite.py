@@ -10,6 +10,9 @@ from rewards.math_eval import free_symbols
 from rewards.math_nodes import Node
 
 
+_TAKES_BACK = frozenset("not but or maybe perhaps no never wrong unless if except".split())
+
+
 def split_unit(node: Node) -> tuple[str, Node]:
     """The words of the unit ('' for none) and the value without them."""
     if node.kind == "unit":
@@ -19,7 +22,8 @@ def split_unit(node: Node) -> tuple[str, Node]:
         return "degree", node.args[0]
     kinds = [arg.kind for arg in node.args]
     if node.kind == "list" and node.text == "," and kinds[0] != "text" and set(kinds[1:]) == {"text"}:
-        return split_unit(node.args[0])  # `72, in total`
+        words = " ".join(arg.text for arg in node.args[1:]).casefold().split()
+        return split_unit(node.args[0]) if not _TAKES_BACK & set(words) else ("", node)  # `72, in total`
     if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
         unit, last = split_unit(node.args[-1])
         return unit, Node("relation", (*node.args[:-1], last), node.text)

@@ -47,7 +47,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\\\\|\\\{|\\\}|\*\*|<=|>=|!=|==|=>|->|[-+*/^_(){}\[\]|,;:=<>!'%&\"#@?.])"
     r"|(?P<space>\s+)"
 )
-_HYPHENATED = re.compile(r"(?P<word>[^\W\d_]{2,}(?:-[^\W\d_]+)+)")
+_HYPHENATED = re.compile(r"(?P<word>(?!(?:or|and|to|not|no|if|maybe)-)[^\W\d_]{2,}(?:-[^\W\d_]+)+)")
 _SCIENTIFIC = re.compile(r"(?<![a-zA-Z0-9])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,12})(?![\w.])")
 _BALANCED_TEXT = re.compile(r"\{([^{}]*)\}")
 
