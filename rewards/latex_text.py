@@ -48,7 +48,7 @@ _SIGNS = str.maketrans(
 )  # fmt: skip
 _MONEY = "$€£¥₹₽₩฿₫₺₪￥￡"
 _CURRENCY = re.compile(
-    r"(?<![A-Za-z])(?:US|CA|AU|NZ|HK|A|C)\s?\\?\$(?=\s?\d)|\\\$|(?<![A-Za-z])(?:USD|EUR|GBP|Rs\.?|INR)(?=\s?\d)"
+    r"(?<![A-Za-z])(?:US|CA|AU|NZ|HK|A|C)\\?\$(?=\s?\d)|\\\$|(?<![A-Za-z])(?:USD|EUR|GBP|Rs\.?|INR)(?=\s?\d)"
     rf"|[{re.escape(_MONEY[1:])}]"
 )
 _SPACING = re.compile(
