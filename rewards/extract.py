@@ -56,6 +56,7 @@ _NO_VALUE = re.compile(
     r"(?:\\text\s*\{\s*)?(?:(?:not|never|nicht|more than|less than|fewer than|greater than|between)\b|不是)",
     re.IGNORECASE,
 )
+_OR_MORE = re.compile(r"\b(?:or|and)\s+(?:more|less|fewer|greater|above|below|up)\b|\bat most\W*\Z", re.IGNORECASE)
 _WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _SIGNS = re.compile(r"[-+*/^=<>≠≤≥‰\\]")
 # What is said behind an answer: a remark (`40, so each friend gets 2`), or that it was wrong.
@@ -213,6 +214,6 @@ def _phrase(phrase: str) -> str | None:
     segments = formulas(without_condition(phrase))
     if segments:
         return ", ".join(last_cluster(phrase, segments))
-    if _NO_VALUE.match(phrase) or (not _WORDS.search(phrase) and _SIGNS.search(phrase)):
+    if _NO_VALUE.match(phrase) or _OR_MORE.search(phrase) or (not _WORDS.search(phrase) and _SIGNS.search(phrase)):
         return phrase  # `not 42`, `5 +`: what does not state its number
     return last_numbers(phrase) if numbers_in(phrase) else phrase

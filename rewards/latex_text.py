@@ -77,7 +77,7 @@ _ESCAPED_SYMBOLS = {"<", ">", "|", ":", "[", "]", "(", ")", "/", "i", "j", "$"}
 _WRAPPERS = re.compile(
     r"\\(?:boxed|fbox|framebox|underline|mathbf|boldsymbol|bm|mathit|mathcal|mathsf|mathtt|ensuremath|(?:textcolor|colorbox|color)\{[a-z]+\})\s*(?=\{)"
 )
-_THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
+_THOUSANDS_LATEX = re.compile(r"(?<=\d)\s*(?:'|\{\s*,\s*\}|,\s*\\!|\\!\s*,?|\\,|\{\\,\})\s*(?=\d{3}(?!\d))")
 _THOUSANDS_COMMA = re.compile(r"(?<![\d.,_^{(\[])(\d{1,3}(?:,\d{3})+)(?![\d,]*,?\d)")
 _THOUSANDS_BLANK = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)(?! ?\d)")
 _ORDINAL = r"(?:st|nd|rd|th)"
@@ -87,7 +87,7 @@ _NOTATION = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
-        (r"\{\s*([:=])\s*\}", r"\1"),  # `3{:}30`
+        (r"(?<=\d)\{\s*([:=.])\s*\}", r"\1"),  # `3{:}30`
         (r"(?<=\d )o'clock\b", "oclock"),
         (r"\\mathbb\s*\{?R\}?\s*\^\s*\{?\+\}?", r"(0,\\infty)"),
         (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\tag\*?\s*\{[\dA-Za-z*]\}", " "),
@@ -115,6 +115,8 @@ _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
 # `4*I`, as sympy prints the imaginary unit; the rows of aligned equations; a blank whose command lost its blank.
 _SYMPY_I = re.compile(r"(?<=\*)(\s*)I(?![A-Za-z0-9_])")
 _ALIGNED = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split|cases)\}(.{0,1000}?)\\end\s*\{\1\}", re.DOTALL)
+_ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
+_ROOT_SIGN = re.compile(r"([√∛∜])\s?(\d+(?:\.\d+)?|[a-z](?![a-z]))")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\\s*\Z")
 _EDGE_PAIRS = (
     ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("```", "```"),
@@ -155,6 +157,11 @@ def _rename(match: re.Match[str]) -> str:
     if new in "{}":
         return "\\" + new
     return new if new in _ESCAPED_SYMBOLS else "\\" + new
+
+
+def _root(match: re.Match[str]) -> str:
+    """`√10` as the root of all its digits."""
+    return f"\\sqrt{_ROOT_INDEX[match.group(1)]}{{{match.group(2)}}}"
 
 
 def _equations(match: re.Match[str]) -> str:
@@ -210,7 +217,8 @@ def clean_math(text: str) -> str:
     >>> clean_math(r"$\\left( \\dfrac{1}{2},\\, 1{,}000 \\right)$")
     '( \\\\frac{1}{2}, 1000 )'
     """
-    text = _LONE_BACKSLASH.sub("", check_visible(text).translate(_SIGNS))
+    text = _ROOT_SIGN.sub(_root, check_visible(text))
+    text = _LONE_BACKSLASH.sub("", text.translate(_SIGNS))
     text = _SYMPY_I.sub(r"\1i", _ALIGNED.sub(_equations, _spelled_set(text)))
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)

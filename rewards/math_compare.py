@@ -423,6 +423,8 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
     if answer.kind not in _COLLECTIONS:
         single = gold.kind in ("set", "list") and len(gold.args) == 1
         return (_same(gold.args[0], answer) or "") if single else ""
+    if gold.kind == "tuple" and answer.kind == "set" and len(answer.args) == 1:
+        return _same(gold, answer.args[0]) or ""  # `\{(2, 3)\}`
     alternatives = gold.kind == "tuple" and answer.kind == "list" and all(item.kind == "tuple" for item in answer.args)
     return _same_items(gold, answer) or ("" if alternatives else _as_real_sets(gold, answer)) or ""
 

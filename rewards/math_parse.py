@@ -272,6 +272,8 @@ class _Parser(AtomParser):
         while True:
             token = self.peek()
             if token.kind == "word":
+                if token.text.lower() in ("most", "least") and words[-1:] == ["at"]:
+                    raise MathSyntaxError("a bound")  # `5 at most`
                 words.append(token.text)
             elif token.kind == "op" and token.text in ("/", ".") and words and self.peek(1).kind in ("word", "letter"):
                 words.append("per" if token.text == "/" else "")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from rewards.math_eval import free_symbols
 from rewards.math_nodes import Node
+from rewards.math_tokens import name_set
 
-
-_TAKES_BACK = frozenset("not but or maybe perhaps no never wrong unless if except".split())
+_TAKES_BACK = name_set("not but or maybe perhaps no never wrong unless if except")
 
 
 def split_unit(node: Node) -> tuple[str, Node]:

@@ -51,7 +51,8 @@ _BOUND = re.compile(
     r"|[<>≤≥≠~¬]|(?<!\\)!)"
     r"[\s$-]*(?:\\\$)?\d"
     r"|\d\W{0,3}\b(?:at (?:least|most)|max|min|maximum|minimum|squared|cubed|and (?:a|one|two|three)|and up)\b"
-    r"|\d\W{0,3}\b(?:minus|plus)\b|\d(?:\s*[-–]\s+|\W{0,3}\b(?:times|divided by|multiplied by) )(?:one|two|three|four|five|ten|half)\b"
+    r"|\d\W{0,3}\b(?:minus|plus)\b|\d(?:\s*[-–]\s+|\W{0,3}\b(?:times|divided by|multiplied by) )"
+    r"(?:one|two|three|four|five|ten|half)\b"
     r"|\?\W*\Z|\.\.|…|\\[lc]?dots|[-+*/^=<>]\s*\Z"
     r"|[²³¹⁰⁴-₉½-¾⅐-⅞]\d|\d[²³¹⁰⁴-₉½-¾⅐-⅞]",
     re.IGNORECASE,

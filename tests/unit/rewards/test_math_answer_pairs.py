@@ -205,7 +205,8 @@ SAME_WRITINGS = [
     ("4", r"4^{\text{th}}"), ("5", "5 out of 36"),
     (r"\text{June 5}", "June 5th"), (r"\text{Tuesday}", "on Tuesday"), (r"\text{hyperbola}", "It is a hyperbola"),
     (r"33\frac13\%", r"\frac{100}{3}\%"), (r"33\frac13\%", "33 1/3%"),
-    (r"12\frac12^\circ", "12.5"), (r"0.\dot{3}", r"\frac13"),
+    (r"12\frac12^\circ", "12.5"), (r"0.\dot{3}", r"\frac13"), (r"3\sqrt{10}", "3√10"), ("1000", "1'000"),
+    ("(2,3)", r"\{(2,3)\}"), ("(1,2)", r"\begin{cases} x=1\\y=2\end{cases}"), (r"30\text{ cents}", r"\$0.30"),
     (r"\frac{10}{3}", "3.333..."), (r"\frac16", r"0.1666\ldots"), (r"\frac{5}{36}", "5 out of 36"),
     ("70000", r"\$70k"), ("1200000", r"\$1.2M"), ("0.42", "42 hundredths"), ("196", "14 squared"),
     ("120", r"{10 \choose 3}"), (r"1:\sqrt2", r"\frac{1}{\sqrt2}"), (r"\infty", r"\text{infinity}"),
@@ -219,7 +220,8 @@ DIFFERENT_WRITINGS = [
     (r"15\text{ cm}^2", r"15\text{ m}^2"), ("2k", "2n"), ("16", r"\textbf{(C)}\ 15"), ("4", "42nd"),
     ("12", r"12 \pmod 7"),
     (r"\frac{10}{3}", "3.33"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,3],[2,4]]"), ("(1,2)", "P(2,1)"),
-    (r"\mathbb{R}", r"\text{all real numbers except } -1"), ("70", r"\$70k"), ("k", "70k"),
+    (r"\mathbb{R}", r"\text{all real numbers except } -1"), ("70", r"\$70k"), ("k", "70k"), ("42", "A42"),
+    (r"30\text{ cents}", r"\$30"), ("5", r"5\text{ at most}"), ("42", r"\text{42, but not really}"),
 ]  # fmt: skip
 
 
