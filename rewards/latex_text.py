@@ -15,8 +15,8 @@ class HostileText(ValueError):
     characters or control characters between the visible ones); it is never right."""
 
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni")
+_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = {char: unicodedata.normalize("NFKC", char).split("⁄") for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
@@ -35,7 +35,7 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("∣｜", "|"),
         **{char: rf"\{name} " for char, name in zip("δεμµρστχψΔΩ", _GREEK_NAMES, strict=True)},
         "∗": "*", "≡": r"\equiv ", "→": r"\rightarrow ", "℃": r"^{\circ}C", "℉": r"^{\circ}F", "∴": r"\therefore ",
-        "¢": r"\text{ cents}",
+        "¢": r"\text{ cents}", "⟨": r"\langle ", "⟩": r"\rangle ",
         "÷": "/", "∕": "/", "⁄": "/", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "º": r"^{\circ}",
         "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ",
@@ -89,6 +89,12 @@ _NOTATION = tuple(
         (r"\\degrees?(?![a-zA-Z])", r"^{\\circ}"),
         (r"(?<=\d)\{\s*([:=.])\s*\}", r"\1"),  # `3{:}30`
         (r"(?<=\d )o'clock\b", "oclock"),
+        # `sqrt 10`, `+/-`, `log2(8)`, `x in [1, 2]`, `<1, 2>`
+        (r"(?<![\\A-Za-z])sqrt ?(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
+        (r"\+ ?/ ?-", r"\\pm "),
+        (r"(?<![\\A-Za-z])log(\d{1,3})(?=\()", r"log_{\1}"),
+        (r"\A([a-z]) in (?=[\[({])", r"\1 \\in "),
+        (r"\A<([^<>=]{1,400},[^<>=]{1,400})>\Z", r"\\langle \1\\rangle "),
         (r"\\mathbb\s*\{?R\}?\s*\^\s*\{?\+\}?", r"(0,\\infty)"),
         (r"\\color\s*\{[a-z]+\}(?!\s*\{)|\\tag\*?\s*\{[\dA-Za-z*]\}", " "),
         (r"\A\s*(?:\\(?:therefore|implies|Rightarrow|rightarrow)(?![a-zA-Z])|[=:])\s*(?=\S)", ""),

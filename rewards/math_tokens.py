@@ -103,7 +103,10 @@ def tokenize(text: str, *, max_tokens: int = 600) -> list[Token]:
         elif kind == "command":
             tokens.append(_command_token(match.group("command"), spaced))
         elif kind == "word":
-            tokens.extend(_word_tokens(match.group(), spaced, after=tokens[-1] if tokens else END))
+            if behind == "number" and match.group() in _MEASURES and not _ARGUMENT.match(text, position):
+                tokens.append(Token("word", match.group(), True))
+            else:
+                tokens.extend(_word_tokens(match.group(), spaced, after=tokens[-1] if tokens else END))
         elif kind == "number":
             tokens.append(Token("number", match.group(), spaced))
         else:
@@ -136,7 +139,7 @@ def _text_tokens(content: str, *, after: Token) -> list[Token]:
     """Tokens of the content of a \\text{...}: one number, one letter (a unit in `5\\text{ m}`), a connective, else
     words."""
     stripped = content.strip()
-    is_unit = stripped in UNIT_LETTERS or (stripped in FUNCTIONS and stripped in UNIT_LIKE)
+    is_unit = stripped in UNIT_LETTERS or stripped in _MEASURES
     if is_unit and (after.kind == "number" or after.text in ("}", "/", "cdot")):
         return [Token("word", stripped, True)]
     inner = re.sub(r"\A\(([A-Za-z])\)\Z", r"\1", stripped)
@@ -195,6 +198,8 @@ UNIT_LETTERS = name_set("m s g h l L N J W")
 UNIT_LIKE = name_set(
     "pt em cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw"
 )
+_MEASURES = FUNCTIONS & UNIT_LIKE  # `30 deg`, `5 min`: units where no argument follows
+_ARGUMENT = re.compile(r"\s?(?:[(\\{\d]|[A-Za-z](?![A-Za-z]))")
 # Short words of ordinary English that are never a product of variables.
 SMALL_WORDS = name_set(
     "is it so the of are to in by at as be we he she has had was not for all you can per its no an on if do but now "

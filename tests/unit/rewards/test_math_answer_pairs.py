@@ -206,6 +206,8 @@ SAME_WRITINGS = [
     (r"\text{June 5}", "June 5th"), (r"\text{Tuesday}", "on Tuesday"), (r"\text{hyperbola}", "It is a hyperbola"),
     (r"33\frac13\%", r"\frac{100}{3}\%"), (r"33\frac13\%", "33 1/3%"),
     (r"12\frac12^\circ", "12.5"), (r"0.\dot{3}", r"\frac13"), (r"3\sqrt{10}", "3√10"), ("1000", "1'000"),
+    (r"\sqrt{10}", "sqrt 10"), (r"1\pm\sqrt2", "1 +/- sqrt(2)"), (r"\log_2 5", "log2(5)"), (r"30^\circ", "30 deg"),
+    ("5", "5 min"), ("2^n", "2ⁿ"), (r"x\in[1,2]", "x in [1,2]"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "<1, 2>"),
     ("(2,3)", r"\{(2,3)\}"), ("(1,2)", r"\begin{cases} x=1\\y=2\end{cases}"), (r"30\text{ cents}", r"\$0.30"),
     (r"\frac{10}{3}", "3.333..."), (r"\frac16", r"0.1666\ldots"), (r"\frac{5}{36}", "5 out of 36"),
     ("70000", r"\$70k"), ("1200000", r"\$1.2M"), ("0.42", "42 hundredths"), ("196", "14 squared"),
