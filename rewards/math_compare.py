@@ -10,6 +10,8 @@ In: two texts or two trees. Out: a `Match` with the name of the rule that decide
     real set        the same set of real numbers             x \\ge 5 and [5, \\infty)
     tuple, list, set, matrix, ratio, base                    item by item; lists and sets without order
 
+An answer that none of them finds equal is read once more without what stands around it: `(C) 15`, `on Tuesday`.
+
 What an answer may leave out (a unit, the name of the unknown, brackets of a list) and what it may not (a missing
 solution, an open end, a factor of 100, another unit) is decided here and nowhere else.
 """
