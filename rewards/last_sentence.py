@@ -204,6 +204,7 @@ def _is_aside(sentence: str, number: str) -> bool:
             rf"{escaped}\s?(?:a\.?m|p\.?m|o'clock)\b|\b(?:of|around|among|between|from|for|in|on|over) "
             rf"(?:the|these|those|all|his|her|its|their) (?:[a-z]+ )?{escaped}"
             rf"|\d [a-z]+ of {escaped}(?!\d)"
+            rf"|\d.*?\bto (?:buy|afford|reach|cover) (?:the |a |an )?{escaped}(?!\d)"
             rf"|\d.*?\b(?:than|out of|over|for|to [a-z]+|after(?: [a-z]+ing(?: [a-z]+)?)?|by [a-z]+ing) "
             rf"(?:the (?:remaining )?|all )?(?![$€£]){escaped}(?!\d)"
             rf"|\b(?:by|at|in|on|number|No\.)\s{escaped}(?!\s*(?:[A-Za-z]+\s+)?(?:\.|\Z))|#\s?{escaped}",
