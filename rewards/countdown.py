@@ -22,7 +22,7 @@ from rewards.tag_format import answer_block
 MAX_CHARS = 1000
 MAX_DEPTH = 50
 
-_SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
+_SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _LATEX = (
     ("\\times", "*"),
     ("\\cdot", "*"),
@@ -34,10 +34,11 @@ _LATEX = (
     ("\\)", ""),
 )
 _STATED = re.compile(
-    r"\A\s*(?:the\s+)?(?:final\s+)?(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)\s*", re.IGNORECASE
+    r"\A\s*(?:(?:the|one|a)\s+)?(?:(?:final|possible)\s+)?(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)\s*",
+    re.IGNORECASE,
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_TIMES_LETTER = re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(])")
+_TIMES_LETTER = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 
@@ -197,7 +198,7 @@ def _checked_value(expression: str, target: Fraction) -> tuple[Fraction, list[in
         if not changed:
             break
     expression = _TIMES_LETTER.sub("*", expression)
-    left, sign, right = expression.partition("=")
+    left, sign, right = expression.replace("==", "=").partition("=")
     if sign and left.strip() == str(target):
         left, right = right, left  # `24 = 3 * 5 + 7 + 2`
     if sign and right.strip() != str(target):

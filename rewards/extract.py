@@ -13,7 +13,6 @@ import re
 
 from rewards.last_sentence import last_sentence
 from rewards.latex_text import strip_edges
-from rewards.number_words import number_from_words
 from rewards.phrases import (
     MAX_ANSWER_CHARS,
     REJECTED,
@@ -25,19 +24,22 @@ from rewards.phrases import (
     last_cluster,
     last_numbers,
     numbers_in,
+    stated_in_words,
+    without_condition,
 )
 from rewards.tag_format import answer_block
 
 _END_OF_TEXT = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|eom_id)\|>|</s>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BARE = re.compile(r"[^\s${}\\]+")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textbf|textrm|mathrm)\s*\{([^{}]*)\}")
+TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textbf|textrm|mathrm)\s*\{([^{}]*)\}")
 MARKER = re.compile(
     r"####"
     r"|^[ \t]*\**A\**:"
     r"|^\W{0,4}answer\**\s*(?=\$|\\\(|\\\[)"
     r"|\b(?:final\s+|correct\s+|right\s+)?(?:ans|answers?)\b(?:\s+(?:to|for|of|in)\b[^.\n=]{0,80}?)?[\s*]{0,4}"
-    r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=)"
+    r"(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|\bmust be\b|\bshould be\b|:|=|→)"
+    r"|\b(?:correct|right|best)\s+(?:option|choice)\s+is\b"
     r"|\bsolutions?\s+(?:is|are)\b"
     r"|答案\s*(?:是|为|：|:|应该是)?|答え\s*(?:は|：|:)|답\s*(?:은|：|:)"
     r"|\br[ée]ponse\s+(?:finale\s+)?(?:est|:)|\brespuesta\s+(?:final\s+)?(?:es|:)|\bAntwort\s+(?:ist|lautet|:)"
@@ -48,7 +50,15 @@ MARKER = re.compile(
 _STRONG_MARKER = re.compile(
     r"####|final|answers?[\s*]*(?:is|are)\b|答案|r[ée]ponse|respuesta|antwort|risposta|resposta|ответ", re.IGNORECASE
 )
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
+_SENTENCE_END = re.compile(r"\n|(?<!\bRs)\.(?=\s|\Z|\*|\"|\$\s)|[。！]|I hope|<\|")
+_ALTERNATIVE = re.compile(r"\s*\(\s*(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
+_NO_VALUE = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:(?:not|never|nicht|more than|less than|fewer than|greater than|between)\b|不是)",
+    re.IGNORECASE,
+)
+_OR_MORE = re.compile(r"\b(?:or|and)\s+(?:more|less|fewer|greater|above|below|up)\b|\bat most\W*\Z", re.IGNORECASE)
+_WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
+_SIGNS = re.compile(r"[-+*/^=<>≠≤≥‰\\]")
 # What is said behind an answer: a remark (`40, so each friend gets 2`), or that it was wrong.
 _REMARK = re.compile(r",?\s+(?:so|because|since|which|as|where|meaning)\b|,\s+(?:and|but|therefore|thus|hence)\b")
 _CORRECTED = re.compile(
@@ -138,9 +148,10 @@ def _matching_braces(text: str) -> dict[int, int]:
 
 def _unworded(content: str) -> str:
     """`\\text{The larger number is } 9.` in a box says 9."""
-    if "\\text" not in content or len(content) > MAX_ANSWER_CHARS or is_direct(content):
+    if len(content) > MAX_ANSWER_CHARS or is_direct(content):
         return content
-    return behind_connective(_TEXT_COMMAND.sub(r" \1 ", content)) or content
+    words = TEXT_COMMAND.sub(r" \1 ", content)
+    return stated_in_words(words.strip()) or behind_connective(words) or content
 
 
 # Marked answers
@@ -190,19 +201,19 @@ def _phrase(phrase: str) -> str | None:
     phrase = strip_edges(REJECTED.sub("", phrase))
     if not phrase or is_direct(phrase):
         return phrase or None
-    bare = re.sub(r"\s*\([^()]*\)\Z", "", phrase)
-    if bare and is_direct(bare):
-        return bare  # `15 apples (3 * 5)`
+    aside = re.search(r"\s*\([^()]*\)\Z", phrase)
+    if aside is not None and phrase[: aside.start()] and is_direct(phrase[: aside.start()]):
+        alternative = _ALTERNATIVE.match(aside.group())
+        return phrase if alternative else phrase[: aside.start()]  # `15 apples (3 * 5)`
     remark = _REMARK.search(phrase)
     if remark is not None and numbers_in(phrase[: remark.start()]) and is_direct(phrase[: remark.start()]):
         return strip_edges(phrase[: remark.start()])  # `40, so each of her friends gets 2`
-    spelled = number_from_words(phrase)
-    if spelled is not None:
-        return str(spelled)
-    right = behind_connective(phrase)
-    if right is not None:
-        return right
-    segments = formulas(phrase)
+    answer = stated_in_words(phrase) or behind_connective(without_condition(phrase))
+    if answer is not None:
+        return answer
+    segments = formulas(without_condition(phrase))
     if segments:
         return ", ".join(last_cluster(phrase, segments))
+    if _NO_VALUE.match(phrase) or _OR_MORE.search(phrase) or (not _WORDS.search(phrase) and _SIGNS.search(phrase)):
+        return phrase  # `not 42`, `5 +`: what does not state its number
     return last_numbers(phrase) if numbers_in(phrase) else phrase

@@ -10,6 +10,8 @@ In: two texts or two trees. Out: a `Match` with the name of the rule that decide
     real set        the same set of real numbers             x \\ge 5 and [5, \\infty)
     tuple, list, set, matrix, ratio, base                    item by item; lists and sets without order
 
+An answer that none of them finds equal is read once more without what stands around it: `(C) 15`, `on Tuesday`.
+
 What an answer may leave out (a unit, the name of the unknown, brackets of a list) and what it may not (a missing
 solution, an open end, a factor of 100, another unit) is decided here and nowhere else.
 """
@@ -21,7 +23,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from rewards.answer_text import Match, same_choice, same_clock, same_spaced_list
+from rewards.answer_text import Match, reworded, same_choice, same_clock, same_spaced_list
 from rewards.latex_text import HostileText, clean_math, plain_words
 from rewards.math_eval import (
     TooLarge,
@@ -35,10 +37,18 @@ from rewards.math_eval import (
     nearly,
     sample_points,
 )
-from rewards.math_matrix import matrix_entries
+from rewards.math_matrix import matrix_entries, nested_entries
 from rewards.math_nodes import Node
 from rewards.math_parse import MAX_CHARS, parse_math
-from rewards.math_rewrite import ascending, expand_chain, expand_signs, rename_variable, split_unit
+from rewards.math_rewrite import (
+    ascending,
+    expand_chain,
+    expand_signs,
+    rename_integer,
+    rename_variable,
+    split_unit,
+    without_point_name,
+)
 from rewards.math_tokens import MathSyntaxError, NumbersSideBySide
 from rewards.math_values import has_decimal, same_value
 from rewards.real_sets import real_set, same_set
@@ -61,19 +71,25 @@ def compare_texts(gold: str, answer: str) -> Match:
     if len(answer) > MAX_CHARS:
         return Match(False, f"an answer of more than {MAX_CHARS} characters")
     try:
-        if clean_math(gold) == clean_math(answer):
-            return Match(True, "same text")
-        words = plain_words(gold)
-        if words and words == plain_words(answer) and not _LAYOUT_COUNTS.search(gold + answer):
-            return Match(True, "same words")
-        if _DOLLARS.search(gold) and _CENTS.search(answer) and not _CENTS.search(gold):
-            return Match(False, "cents are no dollars")
-        shortcut = same_clock(words, plain_words(answer)) or same_choice(gold, answer) or same_spaced_list(gold, answer)
-        if shortcut is not None:
-            return shortcut
+        match = _compare(gold, answer)
+        other = None if match.equal else reworded(answer)
     except HostileText as error:
         return Match(False, str(error))
-    gold, answer = _spelled_set(gold), _spelled_set(answer)
+    again = _compare(gold, other) if other is not None else match
+    return again if again.equal else match
+
+
+def _compare(gold: str, answer: str) -> Match:
+    if clean_math(gold) == clean_math(answer):
+        return Match(True, "same text")
+    words = plain_words(gold)
+    if words and words == plain_words(answer) and not _LAYOUT_COUNTS.search(gold + answer):
+        return Match(True, "same words")
+    if (money := _dollars_and_cents(gold, answer)) is not None:
+        return money
+    shortcut = same_clock(words, plain_words(answer)) or same_choice(gold, answer) or same_spaced_list(gold, answer)
+    if shortcut is not None:
+        return shortcut
     try:
         gold_tree = parse_math(gold)
     except MathSyntaxError:
@@ -88,8 +104,22 @@ def compare_texts(gold: str, answer: str) -> Match:
     return compare_trees(gold_tree, answer_tree)
 
 
-def _spelled_set(text: str) -> str:
-    return "\\mathbb{R}" if plain_words(text) in ("all real numbers", "all reals", "real numbers") else text
+def _dollars_and_cents(gold: str, answer: str) -> Match | None:
+    """`\\$0.30` is 30 cents, `\\$30` is not; None where not one side is in dollars and the other in cents."""
+    in_cents = [bool(_CENTS.search(text)) for text in (gold, answer)]
+    in_dollars = [
+        bool(_DOLLARS.search(text)) and not cents for text, cents in zip((gold, answer), in_cents, strict=True)
+    ]
+    if _DOLLARS.search(answer) and in_cents == [False, True]:
+        return Match(False, "dollars and cents")  # `$42 or 42 cents`
+    if in_cents.count(True) != 1 or in_dollars.count(True) != 1:
+        return None
+    try:
+        left, right = (exact_value(parse_math(text)) for text in (gold, answer))
+    except MathSyntaxError:
+        return None
+    factor = Fraction(100) if in_dollars[0] else Fraction(1, 100)
+    return Match(left is not None and right is not None and left * factor == right, "dollars and cents")
 
 
 def _looks_mathematical(text: str) -> bool:
@@ -122,6 +152,8 @@ def _same(gold: Node, answer: Node) -> str | None:
     answer_unit, answer = split_unit(answer)
     if units_conflict(_measure(gold_unit, gold), _measure(answer_unit, answer)):
         return None
+    answer = rename_integer(gold, without_point_name(answer))
+    gold = without_point_name(gold)
     gold, answer = expand_chain(expand_signs(ascending(gold))), expand_chain(expand_signs(ascending(answer)))
     for rule in (_same_relation, _same_text, _same_ratio, _same_base, _same_matrix, _same_collection):
         verdict = rule(gold, answer)
@@ -166,7 +198,7 @@ def _same_ratio(gold: Node, answer: Node) -> str | None:
         if other.kind != "div" or len(_ratio_terms(ratio)) != 2 or any(term.kind == "unit" for term in ratio.args):
             return ""
         quotient = Node("div", ratio.args)
-        return "ratio" if same_value(quotient, other) == "number" else ""
+        return "ratio" if same_value(quotient, other) in ("number", "expression") else ""
     left, right = _ratio_terms(gold), _ratio_terms(answer)
     if len(left) != len(right):
         return ""
@@ -195,11 +227,15 @@ def _same_base(gold: Node, answer: Node) -> str | None:
     based, other = (gold, answer) if gold.kind == "based" else (answer, gold)
     if based_value(based) is None:
         return ""
-    return "base" if other.kind == "number" and other.text == based.text.partition("_")[0] else ""
+    digits, _, base = based.text.partition("_")
+    same_digits = other.kind == "number" and other.text == digits
+    return "base" if same_digits and (based is gold or base == "10") else ""
 
 
 def _same_matrix(gold: Node, answer: Node) -> str | None:
     left, right = matrix_entries(gold), matrix_entries(answer)
+    if right is None and left is not None:
+        right = nested_entries(answer)
     if left is None and right is None:
         return None
     if left is None or right is None:
@@ -320,6 +356,8 @@ def _is_name(node: Node) -> bool:
         return node.text not in ("i", "e")
     if node.kind == "opaque":
         return True
+    if node.kind == "pow" and node.args[1].kind == "neg":
+        return node.args[0].kind == "symbol" and node.args[0].text in ("f", "g", "h")  # `f^{-1}(x)`
     return node.kind in ("mul", "div", "tuple", "ratio", "abs", "unit", "list") and all(
         _is_name(arg) for arg in node.args
     )
@@ -387,6 +425,8 @@ def _same_collection(gold: Node, answer: Node) -> str | None:
     if answer.kind not in _COLLECTIONS:
         single = gold.kind in ("set", "list") and len(gold.args) == 1
         return (_same(gold.args[0], answer) or "") if single else ""
+    if gold.kind == "tuple" and answer.kind == "set" and len(answer.args) == 1:
+        return _same(gold, answer.args[0]) or ""  # `\{(2, 3)\}`
     alternatives = gold.kind == "tuple" and answer.kind == "list" and all(item.kind == "tuple" for item in answer.args)
     return _same_items(gold, answer) or ("" if alternatives else _as_real_sets(gold, answer)) or ""
 

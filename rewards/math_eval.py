@@ -273,9 +273,10 @@ _UNARY: dict[str, str] = {
     "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "asin": "asin",
     "acos": "acos", "atan": "atan", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
     "coth": "coth", "ln": "log", "log": "log",
-    "lg": "log10", "sqrt": "sqrt", "cbrt": "cbrt", "abs": "fabs", "floor": "floor", "ceil": "ceil", "arg": "arg",
+    "lg": "log10", "cis": "expj", "sqrt": "sqrt", "cbrt": "cbrt", "abs": "fabs", "floor": "floor", "ceil": "ceil",
+    "arg": "arg",
 }  # fmt: skip
-_CIRCULAR = name_set("sin cos tan cot sec csc")
+_CIRCULAR = name_set("sin cos tan cot sec csc cis")
 
 
 def _eval_function(node: Node, point: dict[str, Any], ctx: Any) -> Any:

@@ -40,6 +40,14 @@ def matrix_entries(node: Node) -> list[list[Node]] | None:
     return [[Node("mul", (*scalars, entry)) for entry in row] for row in result]
 
 
+def nested_entries(node: Node) -> list[list[Node]] | None:
+    """Entries of a list of rows, `[[1, 2], [3, 4]]`; None for anything else."""
+    rows = node.args if node.kind == "tuple" and node.text in ("[]", "()") else ()
+    if not rows or any(row.kind != "tuple" or len(row.args) != len(rows[0].args) for row in rows):
+        return None
+    return [list(row.args) for row in rows]
+
+
 def _holds_matrix(node: Node) -> bool:
     return node.kind == "matrix" or any(_holds_matrix(arg) for arg in node.args)
 

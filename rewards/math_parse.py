@@ -30,8 +30,13 @@ _RELATIONS = {
     "in": "in", "approx": "~", "sim": "~", "equiv": "=", "cong": "~", "notin": "notin", "rightarrow": "->", "->": "->",
     "Rightarrow": "=>", "=>": "=>", "Leftrightarrow": "=>", "subset": "subset", "subseteq": "subset",
 }  # fmt: skip
-# `42 thousand` is 42,000.
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# `42 thousand` is 42,000 and `42 hundredths` is 0.42 (quarters and seconds are coins and times).
+SCALES = {"hundred": "100", "thousand": "1e3", "million": "1e6", "billion": "1e9", "trillion": "1e12"}
+_PARTS = "halves thirds fourths fifths sixths sevenths eighths ninths tenths"
+SCALES |= {part: f"1/{bottom}" for bottom, part in enumerate(_PARTS.split(), start=2)}
+SCALES |= {"hundredths": "1/100", "thousandths": "1/1000"}
+# A number behind one of these is no part of a unit: `5 to 6`.
+_BETWEEN_NUMBERS = name_set("to or and vs not than is are equals minus plus times")
 _IMPLICIT_STARTS = ("(", "[", "{", "\\{")
 _PREFIX_COMMANDS = name_set(
     "frac sqrt binom begin sum prod int lim mathbb lfloor lceil overline bar vec hat ldots langle angle triangle "
@@ -92,12 +97,18 @@ class _Parser(AtomParser):
         self.depth -= 1
         word = "or" if "or" in separators else "and" if "and" in separators else ","
         if len(rows) == 1 and len(rows[0]) == 1:
-            return Node("div", (rows[0][0], self.parse_list())) if self.accept("over") else rows[0][0]
+            return self._over(rows[0][0])
         if len(rows) == 1:
             return Node("list", tuple(rows[0]), word)
         grouped = any(len(row) > 1 for row in rows)
         items = [Node("group", tuple(row)) if grouped else row[0] for row in rows]
         return Node("list", tuple(items), ";")
+
+    def _over(self, top: Node) -> Node:
+        """`1 \\over 2` and `n \\choose 2`, inside of their braces."""
+        if self.accept("over"):
+            return Node("div", (top, self.parse_list()))
+        return Node("function", (top, self.parse_list()), "binom") if self.accept("choose") else top
 
     def _separator(self) -> str | None:
         found: str | None = None
@@ -166,7 +177,9 @@ class _Parser(AtomParser):
         left = self._mixed_number() or self.parse_power()
         while True:
             token = self.peek()
-            if self.accept("*", "cdot", "times"):
+            if token.text == "cdot" and left.kind == "unit" and self.peek(1).kind == "word":
+                self.at += 1  # `5 \\text{N}\\cdot\\text{m}`
+            elif self.accept("*", "cdot", "times"):
                 left = times(left, self.parse_factor())
             elif token.kind == "op" and token.text == "/" and self.peek(1).kind != "word":
                 chained = left.kind == "div" and self.tokens[self.at - 1].kind == "number"
@@ -176,6 +189,8 @@ class _Parser(AtomParser):
                     raise NumbersSideBySide("a list with slashes: numbers side by side")
             elif self.accept("bmod", "mod"):
                 left = Node("opaque", (left, self.parse_factor()), "mod")
+            elif token.text == "frac" and (words := self._fraction_of_units()):
+                left = Node("unit", (left,), words)
             elif token.kind == "word" or (token.text in ("/", "a") and self.peek(1).kind == "word"):
                 left = self._unit(left)
             elif token.text == "(" and self.peek(1).kind == "word" and (words := self._bracketed_words()):
@@ -231,7 +246,7 @@ class _Parser(AtomParser):
             self.at += 1
             fraction = self.parse_atom()
             if all(part.kind == "number" and not part.decimal for part in fraction.args):
-                return Node("add", (number_node(whole.text), fraction))
+                return self._marked(Node("add", (number_node(whole.text), fraction)))
         elif (
             following.kind == "number"
             and following.spaced
@@ -241,9 +256,15 @@ class _Parser(AtomParser):
         ):
             top, bottom = following.text, self.peek(3).text
             self.at += 4
-            return Node("add", (number_node(whole.text), Node("div", (number_node(top), number_node(bottom)))))
+            fraction = Node("div", (number_node(top), number_node(bottom)))
+            return self._marked(Node("add", (number_node(whole.text), fraction)))
         self.at = start
         return None
+
+    def _marked(self, mixed: Node) -> Node:
+        """A mixed number with its percent or degree sign."""
+        marked = self.peek().text == "%" or "circ" in (self.peek(1).text, self.peek(2).text)
+        return self.parse_postfix(mixed) if marked else mixed
 
     def _unit(self, value: Node) -> Node:
         """Words behind a value: its unit (`square inches`, `dollars per week`), kept as text."""
@@ -251,6 +272,8 @@ class _Parser(AtomParser):
         while True:
             token = self.peek()
             if token.kind == "word":
+                if token.text.lower() in ("most", "least") and words[-1:] == ["at"]:
+                    raise MathSyntaxError("a bound")  # `5 at most`
                 words.append(token.text)
             elif token.kind == "op" and token.text in ("/", ".") and words and self.peek(1).kind in ("word", "letter"):
                 words.append("per" if token.text == "/" else "")
@@ -263,6 +286,8 @@ class _Parser(AtomParser):
                 words.append("^" + self.argument_text())
                 continue
             elif token.kind == "number" and words and not self._number_is_factor():
+                if words[-1].lower() in _BETWEEN_NUMBERS:
+                    raise NumbersSideBySide("numbers side by side")
                 words.append(token.text)
             elif token.text == "(" and words and (aside := self._bracketed_words()):
                 words.append(aside)
@@ -271,9 +296,12 @@ class _Parser(AtomParser):
                 break
             self.at += 1
         text = " ".join(word for word in words if word)
-        if words and (scale := SCALES.get(words[0].lower())) and value.kind != "text":
-            value, text = times(value, number_node(str(scale))), text[len(words[0]) :].strip()
-            return Node("unit", (value,), text) if text else value
+        if words and value.kind != "text":
+            if words[0].lower() in ("squared", "cubed"):
+                return Node("pow", (value, number_node("2" if words[0].lower() == "squared" else "3")))
+            if scale := SCALES.get(words[0].lower()):
+                value, text = times(value, number_node(scale)), text[len(words[0]) :].strip()
+                return Node("unit", (value,), text) if text else value
         if value.kind == "text":
             return Node("text", (), f"{value.text} {text}")
         return Node("unit", (value,), text)
@@ -281,16 +309,37 @@ class _Parser(AtomParser):
     def _number_is_factor(self) -> bool:
         return self.peek(1).kind in ("op", "command") and self.peek(1).text not in (",", ";", ".", "and", "or")
 
+    def _fraction_of_units(self) -> str:
+        """Takes `\\frac{\\text{km}}{\\text{h}}`; '' when this is another fraction."""
+        start = self.at
+        self.at += 1
+        names: list[str] = []
+        while len(names) < 2 and self.accept("{"):
+            inside: list[str] = []
+            while self.peek().kind == "word" or (names and self.peek().kind == "letter"):
+                inside.append(self.take().text)
+            if not inside or not self.accept("}"):
+                break
+            names.append(" ".join(inside))
+        if len(names) < 2:
+            self.at = start
+        return " per ".join(names) if len(names) == 2 else ""
+
     def _bracketed_words(self) -> str:
         """Takes `(some words)` behind a value or unit; '' when there are none."""
         ahead = 1
-        while self.peek(ahead).kind in ("word", "letter") or self.peek(ahead).text == "-":
+        while self._names_unit(self.peek(ahead), self.peek(ahead - 1)):
             ahead += 1
         if ahead > 1 and self.peek().text == "(" and self.peek(ahead).text == ")":
             words = " ".join(self.peek(index).text for index in range(1, ahead))
             self.at += ahead + 1
             return words
         return ""
+
+    @staticmethod
+    def _names_unit(token: Token, before: Token) -> bool:
+        power = token.kind == "number" and before.text in ("^", "{")
+        return token.kind in ("word", "letter") or token.text in ("-", "^", "{", "}") or power
 
     # powers
 

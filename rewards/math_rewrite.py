@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from rewards.math_eval import free_symbols
 from rewards.math_nodes import Node
+from rewards.math_tokens import name_set
+
+_TAKES_BACK = name_set("not but or maybe perhaps no never wrong unless if except")
 
 
 def split_unit(node: Node) -> tuple[str, Node]:
@@ -19,7 +22,8 @@ def split_unit(node: Node) -> tuple[str, Node]:
         return "degree", node.args[0]
     kinds = [arg.kind for arg in node.args]
     if node.kind == "list" and node.text == "," and kinds[0] != "text" and set(kinds[1:]) == {"text"}:
-        return split_unit(node.args[0])  # `72, in total`
+        words = " ".join(arg.text for arg in node.args[1:]).casefold().split()
+        return split_unit(node.args[0]) if not _TAKES_BACK & set(words) else ("", node)  # `72, in total`
     if node.kind == "relation" and node.args[-1].kind in ("unit", "degree"):
         unit, last = split_unit(node.args[-1])
         return unit, Node("relation", (*node.args[:-1], last), node.text)
@@ -93,3 +97,34 @@ def _replace(node: Node, old: Node, new: Node) -> Node:
         return new
     args = tuple(_replace(arg, old, new) for arg in node.args)
     return Node(node.kind, args, node.text, node.number, node.decimal) if args != node.args else node
+
+
+_CAPITALS = frozenset("ABCDEHKMNOPQRSTUVWXYZ")  # names of points; F and G name functions
+
+
+def without_point_name(node: Node) -> Node:
+    """`P(1, 2)` as `(1, 2)`: a capital letter before coordinates names the point. `\\overline{CD}` as `CD`."""
+    if node.kind == "opaque" and node.text == "overline" and node.args[0].kind == "mul":
+        ends = node.args[0].args
+        return node.args[0] if len(ends) == 2 and all(end.text in _CAPITALS for end in ends) else node
+    if node.kind == "mul" and len(node.args) == 2 and node.args[1].kind == "tuple" and node.args[0].kind == "symbol":
+        return node.args[1] if node.args[0].text in _CAPITALS else node
+    return node
+
+
+_INTEGER_NAMES = frozenset("kmn")
+
+
+def rename_integer(gold: Node, answer: Node) -> Node:
+    """`2\\pi n` for the reference `2\\pi k`: where `\\pi` or the set of integers stands beside it, the letter that runs
+    through the integers may have any name."""
+    old = (free_symbols(answer) - free_symbols(gold)) & _INTEGER_NAMES
+    new = (free_symbols(gold) - free_symbols(answer)) & _INTEGER_NAMES
+    if len(old) != 1 or len(new) != 1 or not (_runs(gold) and _runs(answer)):
+        return answer
+    (old_name,), (new_name,) = old, new
+    return _replace(answer, Node("symbol", (), old_name), Node("symbol", (), new_name))
+
+
+def _runs(node: Node) -> bool:
+    return (node.kind, node.text) in (("constant", "pi"), ("number_set", "Z")) or any(map(_runs, node.args))

@@ -22,7 +22,7 @@ def name_set(text: str) -> frozenset[str]:
 
 FUNCTIONS = name_set(
     "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp sqrt cbrt abs floor ceil "
-    "gcd lcm max min det arg sgn asin acos atan deg binomial binom factorial"
+    "gcd lcm max min det arg sgn asin acos atan deg binomial binom factorial cis"
 )
 CONSTANTS = {"pi": "pi", "infty": "infinity", "infinity": "infinity", "inf": "infinity", "oo": "infinity", "euler": "e"}
 GREEK = name_set(
@@ -34,7 +34,7 @@ SYNTAX = name_set(
     "frac sqrt binom begin end cdot times pm mp le ge ne emptyset approx in cup cap setminus circ ldots wedge vee over "
     "equiv sim notin rightarrow Rightarrow Leftrightarrow sum prod int lim mathbb lfloor rfloor lceil rceil "
     "overline bar vec hat prime cong langle rangle angle triangle forall exists subset subseteq neg bmod pmod mod "
-    "perp parallel tilde widehat overrightarrow"
+    "perp parallel tilde widehat overrightarrow choose"
 )
 _TEXT_COMMANDS = name_set(
     "text mbox textbf textit textrm textnormal mathrm operatorname emph hbox texttt textsf textup"
@@ -47,6 +47,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\\\\|\\\{|\\\}|\*\*|<=|>=|!=|==|=>|->|[-+*/^_(){}\[\]|,;:=<>!'%&\"#@?.])"
     r"|(?P<space>\s+)"
 )
+_HYPHENATED = re.compile(r"(?P<word>(?!(?:or|and|to|not|no|if|maybe)-)[^\W\d_]{2,}(?:-[^\W\d_]+)+)")
 _SCIENTIFIC = re.compile(r"(?<![a-zA-Z0-9])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,12})(?![\w.])")
 _BALANCED_TEXT = re.compile(r"\{([^{}]*)\}")
 
@@ -89,16 +90,23 @@ def tokenize(text: str, *, max_tokens: int = 600) -> list[Token]:
         if kind == "space":
             spaced = True
             continue
+        behind = tokens[-1].kind if tokens else ""
+        if kind == "word" and (behind == "word" or (behind == "number" and spaced)):
+            match = _HYPHENATED.match(text, match.start()) or match  # `40 push-ups`
+            position = match.end()
         if kind == "command" and match.group("command") in _TEXT_COMMANDS:
             inner = _BALANCED_TEXT.match(text, _skip_blanks(text, position))
             if inner is None:
                 raise MathSyntaxError(f"\\{match.group('command')} without text")
-            tokens.extend(_text_tokens(inner.group(1)))
+            tokens.extend(_text_tokens(inner.group(1), after=tokens[-1] if tokens else END))
             position = inner.end()
         elif kind == "command":
             tokens.append(_command_token(match.group("command"), spaced))
         elif kind == "word":
-            tokens.extend(_word_tokens(match.group(), spaced, after=tokens[-1] if tokens else END))
+            if behind == "number" and match.group() in _MEASURES and not _ARGUMENT.match(text, position):
+                tokens.append(Token("word", match.group(), True))
+            else:
+                tokens.extend(_word_tokens(match.group(), spaced, after=tokens[-1] if tokens else END))
         elif kind == "number":
             tokens.append(Token("number", match.group(), spaced))
         else:
@@ -127,9 +135,13 @@ def _command_token(name: str, spaced: bool) -> Token:
     raise MathSyntaxError(f"unknown command \\{name}")
 
 
-def _text_tokens(content: str) -> list[Token]:
-    """Tokens of the content of a \\text{...}: one number, one letter, a connective, else words."""
+def _text_tokens(content: str, *, after: Token) -> list[Token]:
+    """Tokens of the content of a \\text{...}: one number, one letter (a unit in `5\\text{ m}`), a connective, else
+    words."""
     stripped = content.strip()
+    is_unit = stripped in UNIT_LETTERS or stripped in _MEASURES
+    if is_unit and (after.kind == "number" or after.text in ("}", "/", "cdot")):
+        return [Token("word", stripped, True)]
     inner = re.sub(r"\A\(([A-Za-z])\)\Z", r"\1", stripped)
     if len(inner) == 1 and inner.isalpha():
         return [Token("letter", inner, True)]
@@ -137,6 +149,8 @@ def _text_tokens(content: str) -> list[Token]:
         return [Token("number", stripped, True)]
     if stripped in FUNCTIONS:
         return [Token("function", stripped)]
+    if stripped.lower() in CONSTANTS:
+        return [Token("constant", CONSTANTS[stripped.lower()])]
     tokens: list[Token] = []
     for piece in re.findall(r"[^\W\d_]+(?:[.'-](?=[^\W\d_])[^\W\d_]+)*|\d+(?:\.\d+)?|[,;:/^()]", stripped):
         if piece.lower() in ("and", "or"):
@@ -158,6 +172,8 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
     if len(word) == 1:
         return [Token("letter" if word.isascii() or "\u0370" <= word <= "\u03ff" else "word", word, spaced)]
     lower = word.lower()
+    if "-" in word:
+        return [Token("word", word, spaced)]
     if lower in ("and", "or"):
         return [Token("op", lower, spaced)]
     if word in CONSTANTS or lower == "pi":
@@ -176,10 +192,14 @@ def _word_tokens(word: str, spaced: bool, *, after: Token) -> list[Token]:
     return [Token("word", word, spaced)]
 
 
+# One-letter units, when they are set upright behind a value.
+UNIT_LETTERS = name_set("m s g h l L N J W")
 # Short unit names that may stand right behind a number without a blank (`5cm`), where `5ab` is a product.
 UNIT_LIKE = name_set(
     "pt em cm mm km kg mg ml mi ft in yd lb oz mph kph hr hrs min sec am pm pct cc rs usd deg rad gm gms ms kw"
 )
+_MEASURES = FUNCTIONS & UNIT_LIKE  # `30 deg`, `5 min`: units where no argument follows
+_ARGUMENT = re.compile(r"\s?(?:[(\\{\d]|[A-Za-z](?![A-Za-z]))")
 # Short words of ordinary English that are never a product of variables.
 SMALL_WORDS = name_set(
     "is it so the of are to in by at as be we he she has had was not for all you can per its no an on if do but now "

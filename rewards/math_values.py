@@ -16,20 +16,27 @@ from rewards.math_tokens import name_set
 DECIMAL_TOLERANCE = Fraction(1, 10**10)
 
 
-_UNIT_LETTERS = name_set("m s g h L l N J W V K A")
+_UNIT_LETTERS = name_set("m s g h L l N J W V K A \\Omega \\mu")
 
 
 def _without_unit_letters(node: Node) -> Node:
     """`12 m/s` reads as a product of variables; drop trailing letters that are units."""
-    if node.kind == "div" and node.args[1].kind == "symbol" and node.args[1].text in _UNIT_LETTERS:
-        return _without_unit_letters(node.args[0])
+    if node.kind == "unit":
+        return Node("unit", (_without_unit_letters(node.args[0]),), node.text)  # `5 kg m / s`
+    if node.kind == "div":
+        bottom = node.args[1].args[0] if node.args[1].kind == "pow" else node.args[1]
+        return _without_unit_letters(node.args[0]) if _is_unit_letter(bottom) else node
     if node.kind == "mul" and node.args[0].kind in ("number", "div", "neg", "root"):
         letters = [arg.args[0] if arg.kind == "pow" else arg for arg in node.args[1:]]
-        if all(letter.kind == "symbol" and letter.text in _UNIT_LETTERS for letter in letters):
+        if all(map(_is_unit_letter, letters)):
             return node.args[0]
-        if letters[-1].kind == "symbol" and letters[-1].text in _UNIT_LETTERS and len(node.args) > 2:
+        if _is_unit_letter(letters[-1]) and len(node.args) > 2:
             return Node("mul", node.args[:-1])  # `3 \\times 10^8 m`
     return node
+
+
+def _is_unit_letter(node: Node) -> bool:
+    return node.kind == "symbol" and node.text in _UNIT_LETTERS
 
 
 def same_value(gold: Node, answer: Node) -> str | None:

@@ -22,7 +22,9 @@ from rewards.tag_format import answer_block
 LETTERS = "ABCDEFGHIJ"
 MAX_CHARS = 4000
 
-_LABEL = re.compile(r"\A\s*[(\[]?([A-Ja-j])\s*[)\].:]\s*")
+# `B) 4`, `Option B: 4`; `C.P. of 1 kg` has no label.
+_LABEL = re.compile(r"\A\s*(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(\[]?([A-Ja-j])\s*(?:[)\]:]|\.(?![A-Za-z]\.))\s*")
+_NAMED = re.compile(r"\b(?:option|choice)\s*[(\[]?([A-J])\b", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boxed|mbox|bf|rm)(?![a-zA-Z])\s*")
 # A letter by itself: `B`, `(B)`, `B)`, `**B.**`; CJK text may touch it.
 _MENTION = re.compile(r"(?<![A-Za-z0-9'_])(?:[(\[]?([A-J])|(?<=[(\[])([a-j])(?=[)\]]))(?![A-Za-z0-9'_])(\s*[)\].:,])?")
@@ -36,8 +38,8 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|不是|不选|并非|\bexcept"
-    r"|\brather than|\binstead of)\s+(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
+    r"(?:(?:不是|不选|并非)\s*|(?:\bnot|n't|\bnever|\bisn't|\bneither|\bnor|\bpas|\bnicht|\bno es|\bexcept"
+    r"|\brather than|\binstead of)\s+)(?:option\s+|be\s+|the\s+)?[(\[*]*\s*\Z",
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
@@ -59,6 +61,16 @@ _REJECTED_LETTER = re.compile(
     r"(?:\b[Nn]ot|n't|\b[Nn]ever)\s+(?:option\s+)?[(\[]?[A-J][)\]]?(?![A-Za-z])"
     r"|(?<![A-Za-z])[(\[]?[A-J][)\]]?\s+(?:is|are)\s*(?:n't|not|wrong|incorrect|false)\b"
 )
+# Options that are only named to be ruled out: `eliminating A, C and D`, `it is not A or C`, `both A and C are wrong`.
+_LETTERS = r"[(\[]?[A-J][)\]]?(?:(?:,\s*(?:and|or|nor)?|\s+(?:and|or|nor)|\s*&)\s*[(\[]?[A-J][)\]]?(?![A-Za-z]))+"
+_RULED_OUT = re.compile(
+    rf"\b(?:not|neither|eliminat\w+|exclud\w+|reject\w*|rul\w+ out)\s+(?:(?:options?|choices?)\s+)?{_LETTERS}"
+    rf"|\b(?:both\s+)?(?:(?:options?|choices?)\s+)?{_LETTERS}\s+(?:are|were|can be)\s+"
+    r"(?:all\s+|both\s+)?(?:not|wrong|incorrect|false|invalid|eliminated|excluded|ruled out)\b",
+    re.IGNORECASE,
+)
+_PHRASE_END = re.compile(r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。")
+_CORRECTED = re.compile(r"\b(?:wait|actually|correction|oops)\b", re.IGNORECASE)
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
 _NO_LETTER = "no option named"
@@ -108,7 +120,7 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
     if boxes and (letter := _letter_of(boxes[-1].content, options)):
         return Extraction(letter, "boxed")
     plain = _without_marks(text)
-    if letter := _letter_of(plain, options):
+    if "\n" not in plain and not _MARKER.search(plain) and (letter := _letter_of(plain, options)):
         return Extraction(letter, "whole text")
     found = _free_choice(plain, options)
     if found.answer is None and found.how == _NO_LETTER and (answer := free_answer(text).answer):
@@ -158,6 +170,8 @@ def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
     if label is not None and len(text) <= 300:
         letter = label.group(1).upper()
         rest = text[label.end() :].strip()
+        if _MARKER.search(rest):
+            return ""  # `A: The answer is B`
         if letter not in options.letters or any(m.group(1) != letter and m.group(3) for m in _MENTION.finditer(rest)):
             return ""
         matching = _matching_options(rest, options)
@@ -171,7 +185,14 @@ def _letter_of(text: str, options: Options, *, strict: bool = False) -> str:
 def _matching_options(text: str, options: Options) -> list[str]:
     if not options.texts or len(text) > 300:
         return []
-    return [letter for letter, option in options.texts.items() if option and compare_texts(option, text).equal]
+    matches = {option: compare_texts(option, text) for option in options.texts.values() if option}
+    literally = any(match.rule in ("same text", "same words") for match in matches.values())
+    rules = ("same text", "same words") if literally else None  # `3% profit` is not `3% loss`
+    return [
+        letter
+        for letter, option in options.texts.items()
+        if option and matches[option].equal and (rules is None or matches[option].rule in rules)
+    ]
 
 
 def _mentions(text: str, options: Options) -> list[str]:
@@ -227,26 +248,19 @@ def _fault(text: str, letter: str, options: Options) -> str:
 
 def _free_choice(text: str, options: Options) -> Extraction:
     """The last stated choice: behind the last marker, on the last line, or the last letter of the last sentence."""
-    tail = text[-MAX_CHARS:].strip()
+    tail = _RULED_OUT.sub(" ", text[-MAX_CHARS:]).strip()
     last_line = tail.rpartition("\n")[2].strip()
     if (_LABEL.match(last_line) is not None and last_line[0] != "a") and (letter := _letter_of(last_line, options)):
         return Extraction(letter, "last line")
+    chosen = [match for match in _CHOSEN.finditer(tail) if match.group(1).upper() in options.letters][-1:]
     for marker in reversed(list(_MARKER.finditer(tail))[-4:]):
-        phrase = re.split(r"\n|(?<=[^\s(][^A-J])\.(?=\s|\Z)|。", tail[marker.end() :].lstrip(" \n:("), maxsplit=1)[0]
-        if letter := _letter_of(phrase, options):
-            return Extraction(letter, "marked")
-        letters = _mentions(phrase, options)
-        if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
-            return Extraction(None, "several options")
-        if letters and not _NO_OPTION.search(tail[marker.end() :]):
-            return Extraction(letters[0], "marked")
-        answer = free_answer(phrase).answer if phrase else None
-        matching = _matching_options(answer, options) if answer else []
-        if len(matching) == 1:
-            return Extraction(matching[0], "option text")
-    chosen = list(_CHOSEN.finditer(tail))
-    if chosen and chosen[-1].group(1).upper() in options.letters:
-        return Extraction(chosen[-1].group(1).upper(), "marked")
+        if chosen and chosen[0].end() > marker.end():
+            break
+        found = _marked_choice(tail[marker.end() :], options)
+        if found is not None:
+            return found
+    if chosen:
+        return Extraction(chosen[0].group(1).upper(), "marked")
     sentences = [piece for piece in re.split(r"(?<=[.!?])\s+|\n+", tail) if piece.strip()]
     last = sentences[-1] if sentences else ""
     if _NO_OPTION.search(last):
@@ -260,6 +274,26 @@ def _free_choice(text: str, options: Options) -> Extraction:
     if opening and len(text) == len(tail) and tail.lstrip("([").startswith(opening[0]) and not _NO_OPTION.search(tail):
         return Extraction(opening[0], "first word")
     return Extraction(None, _NO_LETTER)
+
+
+def _marked_choice(tail: str, options: Options) -> Extraction | None:
+    """The choice that stands behind a marker, at the beginning of `tail`; None when there is none."""
+    corrected = _CORRECTED.search(tail)
+    if corrected is not None and (later := _mentions(tail[corrected.end() :], options)):
+        return Extraction(later[-1], "corrected")
+    phrase = _PHRASE_END.split(tail.lstrip(" \n:("), maxsplit=1)[0]
+    if letter := _letter_of(phrase, options):
+        return Extraction(letter, "marked")
+    letters = _mentions(phrase, options)
+    if len(set(letters)) > 1 and _ALTERNATIVE.match(phrase):
+        return Extraction(None, "several options")
+    if named := [letter.upper() for letter in _NAMED.findall(phrase) if letter.upper() in letters]:
+        return Extraction(named[-1], "marked")  # `D/3, which is option A`
+    if letters and not _NO_OPTION.search(tail):
+        return Extraction(letters[0], "marked")
+    answer = free_answer(phrase).answer if phrase else None
+    matching = _matching_options(answer, options) if answer else []
+    return Extraction(matching[0], "option text") if len(matching) == 1 else None
 
 
 def score_choice(gold: object, extraction: Extraction, options: Options) -> Score:

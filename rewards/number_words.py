@@ -1,5 +1,5 @@
 """English number words: `three`, `forty-two`, `one hundred and five`, `two thousand` to whole numbers below a
-million."""
+million; `half`, `two thirds` to fractions."""
 
 from __future__ import annotations
 
@@ -46,3 +46,22 @@ def number_from_words(text: str) -> int | None:
         else:
             return None
     return total + current
+
+
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth"
+_BOTTOM = {part: bottom for bottom, part in enumerate(_PARTS.split(), start=2)}
+_BOTTOM |= {"halve": 2, "quarter": 4, "hundredth": 100}
+_FRACTION = re.compile(rf"(?:(.+?)[\s-]+)?({'|'.join(_BOTTOM)})s?", re.IGNORECASE)
+
+
+def fraction_from_words(text: str) -> str | None:
+    """The fraction that `text` spells, or None.
+
+    >>> fraction_from_words("two thirds"), fraction_from_words("half"), fraction_from_words("third")
+    ('2/3', '1/2', None)
+    """
+    match = _FRACTION.fullmatch(text.strip())
+    if match is None or (match.group(1) is None and match.group(2).lower() != "half"):
+        return None
+    top = number_from_words("one" if match.group(1) in (None, "a", "an") else match.group(1))
+    return None if top is None else f"{top}/{_BOTTOM[match.group(2).lower()]}"

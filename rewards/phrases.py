@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rewards.answer_text import option_value
 from rewards.latex_text import strip_edges
 from rewards.math_eval import exact_value
 from rewards.math_nodes import Node
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError, name_set
-from rewards.number_words import NUMBER_WORDS, number_from_words
+from rewards.number_words import NUMBER_WORDS, fraction_from_words, number_from_words
 
 MAX_ANSWER_CHARS = 2000
 
@@ -36,7 +37,8 @@ class Span:
 
 
 NUMBER = re.compile(
-    r"(?<![A-Za-z\d_#.,^])(?:(?<=[^\d\s)\]}])[-−]|(?<=\s)[-−](?=\S)|\A[-−])?[$€£¥]?\s?"
+    r"(?<![A-Za-z\d_#.,^])[$€£¥]\s?\d[\d,]*(?:\.\d+)?[kKMB](?![A-Za-z\d])"
+    r"|(?<![A-Za-z\d_#.,^])(?:(?<=[^\d\s)\]}])[-−]|(?<=\s)[-−](?=\S)|\A[-−])?[$€£¥]?\s?"
     r"(?:\\[dt]?frac\s?\{[^{}]{1,60}\}\s?\{[^{}]{1,60}\}|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)"
     r"|\d+ \d+/\d+(?![\d/])|\d+(?: : |:)\d+(?![\d:])|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
     r"(?:_\{?\d{1,2}\}?)?(?:\s?\\?%|\s(?:thousand|million|billion|trillion)\b)?"
@@ -56,7 +58,10 @@ _CONNECTIVE = re.compile(
 )
 # What an answer is contrasted with: `12, not 13`.
 REJECTED = re.compile(
-    r",?\s+(?:(?:but|and)\s+)?(?:not|instead of|rather than)\s+(?:(?:at|by|in|on)\s+)?(?:\$|\\\(|\d).*\Z", re.DOTALL
+    r"不是\s*\$?\d[\d.]*"
+    r"|,?\s+(?:(?:but|and)\s+)?(?:not|instead of|rather than|nicht|no es|n'est pas|non è|não é)\s+"
+    r"(?:(?:at|by|in|on)\s+)?(?:\$|\\\(|\d).*\Z",
+    re.DOTALL,
 )
 # Words of a sentence; where one of them stands behind a value, the words are no unit.
 _SENTENCE_WORDS = name_set(
@@ -64,6 +69,41 @@ _SENTENCE_WORDS = name_set(
     "but has have had will would can this these those when where while as for unless maybe perhaps possibly wrong "
     "incorrect false squared cubed max min maximum minimum most least half exclusive"
 )
+
+
+# What is said of an answer behind it: for which values it holds, where it is reached, why.
+_CONDITION = re.compile(
+    r"\sfor (?:all|every|any|each)\b|,\s+(?:which (?:occurs|happens|is (?:attained|achieved|reached))|attained|"
+    r"achieved|reached|occurring|when|where|with equality|since|because)\b"
+)
+_GIVEN = re.compile(r"\b(?:since|because|as|if|when) \$[^$\n]{1,200}\$,", re.IGNORECASE)
+_DATE = re.compile(
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December) "
+    r"\d{1,2}(?:st|nd|rd|th)?",
+    re.IGNORECASE,
+)
+
+
+def without_condition(text: str) -> str:
+    """`text` up to what is said of its formula: `$f(n) = n^2$ for all $n \\ge 1$` without the last four words."""
+    given = _GIVEN.sub("", text)
+    text = given if formulas(given) else text
+    for condition in _CONDITION.finditer(text):
+        if formulas(text[: condition.start()]):
+            return text[: condition.start()]
+    return text
+
+
+def stated_in_words(phrase: str) -> str | None:
+    """The answer of a phrase that is no mathematics but says it as a whole: `two thirds`, `forty-two`, `(C) 15`,
+    `May 1`; None for anything else."""
+    spelled = number_from_words(phrase)
+    if spelled is not None:
+        return str(spelled)
+    value = option_value(phrase)
+    if _DATE.fullmatch(phrase) or (value is not None and is_direct(value)):
+        return phrase
+    return fraction_from_words(phrase)
 
 
 def formulas(text: str) -> list[Span]:

@@ -39,7 +39,8 @@ def repetition_penalty_reward(
     """max_penalty * (1 - distinct n-grams / all n-grams) over the words of the text, in lower case.
 
     Range [max_penalty, 0]; a text shorter than one n-gram gives 0. Source: Yeo et al. 2025 (arXiv 2502.03373),
-    appendix; names and formula as in open-r1. Departure: a character of a script without blanks counts as a word.
+    appendix; names and formula as in open-r1. Departures: a character of a script without blanks and a punctuation mark
+    count as words, so that neither hides a repetition.
 
     >>> repetition_penalty_reward([], ["a b c a b c"])[0].value      # abc bca cab abc: 3 of 4 are distinct
     -0.25

@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import re
 
-from rewards.extract import MARKER, find_boxes, marked_text
+from rewards.extract import MARKER, TEXT_COMMAND, find_boxes, marked_text
 from rewards.latex_text import BOLD, strip_edges
 from rewards.math_eval import exact_value
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError
 from rewards.number_words import NUMBER_WORDS, number_from_words
-from rewards.phrases import MAX_ANSWER_CHARS, Extraction, Span, behind_connective, formulas, is_direct, numbers_in
+from rewards.phrases import (
+    MAX_ANSWER_CHARS,
+    Extraction,
+    Span,
+    behind_connective,
+    formulas,
+    is_direct,
+    numbers_in,
+    stated_in_words,
+)
 
 _HEADING = re.compile(r"\A#{1,6}\s+(?=\S)")
 # Text that is shown as withdrawn, or not shown at all.
@@ -37,11 +46,16 @@ _JOINING_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 _BOUND = re.compile(
     r"(?:\b(?:(?:negative|opposite|inverse|reciprocal|square|cube|root|double|multiple|factor|power|digits?|sum) of|"
     r"(?:at|the) (?:least|most)|(?:more|less|fewer|greater|smaller|larger|other|different) than|up to|over|"
-    r"under|above|below|beyond|between|double|twice|thrice|triple|half of|minus|negative|no|non|all but|anything but)\b"
+    r"under|above|below|beyond|near|close to|such as|between|double|twice|thrice|triple|half of|minus|negative|no|non|"
+    r"all but|anything but)\b"
     r"|[<>≤≥≠~¬]|(?<!\\)!)"
     r"[\s$-]*(?:\\\$)?\d"
     r"|\d\W{0,3}\b(?:at (?:least|most)|max|min|maximum|minimum|squared|cubed|and (?:a|one|two|three)|and up)\b"
+    r"|\d\W{0,3}\b(?:minus|plus)\b|\d(?:\s*[-–]\s+|\W{0,3}\b(?:times|divided by|multiplied by) )"
+    r"(?:one|two|three|four|five|ten|half)\b"
     r"|\?\W*\Z|\.\.|…|\\[lc]?dots|[-+*/^=<>]\s*\Z"
+    r"|[²³¹⁰⁴-₉½-¾⅐-⅞]\d|\d[²³¹⁰⁴-₉½-¾⅐-⅞]",
+    re.IGNORECASE,
 )
 # `Each of the 3 friends pays $14`: numbers that count something, one verb, the answer.
 _VERB = re.compile(
@@ -93,6 +107,7 @@ def block_answer(content: str) -> Extraction:
         return _boxed(content, boxes)
     if len(content) <= MAX_ANSWER_CHARS and is_direct(content):
         return Extraction(content, "answer block")
+    content = strip_edges(TEXT_COMMAND.sub(r" \1 ", content))
     return _marked(content) or _whole(content)
 
 
@@ -101,7 +116,7 @@ def block_answer(content: str) -> Extraction:
 
 def _boxed(content: str, boxes: list[Span]) -> Extraction:
     stated = dict.fromkeys(box.content for box in boxes)
-    answer = ", ".join(stated)
+    answer = _unworded(next(iter(stated))) if len(stated) == 1 else ", ".join(stated)
     gaps = gaps_between(content, boxes)
     if all(not strip_edges(gap.replace("$", " ")).strip("\\()[] ") for gap in gaps):
         return Extraction(answer, "boxed")
@@ -110,6 +125,8 @@ def _boxed(content: str, boxes: list[Span]) -> Extraction:
         if is_direct(formula):
             return Extraction(formula, "box in a formula")
     outside = " ".join(gaps)
+    if "?" in outside:
+        return Extraction(None, "ambiguous: a question beside the box")
     if HEDGE.search(_JOINING_OR.sub("", outside) if len(boxes) > 1 else outside):
         return Extraction(None, "ambiguous: hedging beside the box")
     if any(_PART_BEFORE.search(gap[-40:]) for gap in gaps[:-1]) or any(_PART_BEHIND.match(gap) for gap in gaps[1:]):
@@ -122,6 +139,14 @@ def _boxed(content: str, boxes: list[Span]) -> Extraction:
         if text and is_direct(text) and text not in stated:
             return Extraction(None, "ambiguous: another answer than the box")
     return Extraction(answer, "boxed")
+
+
+def _unworded(content: str) -> str:
+    """`\\text{The answer is } 9` in a box says 9; words that state no single answer stay, and equal no number."""
+    if len(content) > MAX_ANSWER_CHARS or "boxed" in content or is_direct(content):
+        return content
+    found = block_answer(TEXT_COMMAND.sub(r" \1 ", content))
+    return found.answer or content
 
 
 def gaps_between(text: str, spans: list[Span]) -> list[str]:
@@ -190,7 +215,7 @@ def _phrase(phrase: str) -> str | None:
     phrase = _NEGATIVE.sub("-", strip_edges(BOLD.sub(r"\1", phrase)).strip("* "))
     if not phrase or is_direct(phrase):
         return phrase or None
-    spelled = _spelled(phrase)
+    spelled = _spelled(phrase) or stated_in_words(phrase)
     if spelled is not None:
         return spelled
     segments, numbers = formulas(phrase), numbers_in(phrase)

@@ -187,7 +187,8 @@ def tag_count_reward(
     closing tag counts only when its opening tag counted and the block between them is not empty.
 
     Range: {0, 0.25, 0.5, 0.75, 1}. `prefilled`: the prompt already ends with `<think>`. Source: open-r1's
-    `tag_count_reward`; departure: order and emptiness matter, so bare tags earn 0.5 at most.
+    `tag_count_reward`; departures: order and emptiness matter, so bare tags earn 0.5 at most; line breaks around tags
+    do not matter.
 
     >>> [score.value for score in tag_count_reward([], ["<think>a</think>b", "</think><think>", "<think></think>"])]
     [0.5, 0.25, 0.25]

@@ -197,7 +197,6 @@ FREE_WRONG = [
     ("2", "He has 2. He buys 3 more, so there are 5."),
     ("6", "He has 6 cookies left to share among 3 friends.  6/3=2 each. So each friend gets 2."),
     ("90", "The answer is 1.5 hours."),
-    ("2", "The answer is 2nd."),
     ("0.75", "He pays 75 cents."),
     ("75", "He pays $0.75."),
     ("15", r"The answer is \boxed{15, 16}."),

@@ -195,6 +195,36 @@ DIFFERENT_MORE = [
     ("2i", "-2i"), ("0", r"\emptyset"), ("5", "V"), ("12,13", "between 12 and 13"), ("52_8", "42"),
     (r"28\%", r".28\%"), ("5", ".5"),
 ]  # fmt: skip
+SAME_WRITINGS = [
+    (r"\frac12", r"\nicefrac{1}{2}"), ("60", r"60\degree"), ("5", "5℃"), ("5", "∴ 5"), ("5", r"5 \checkmark"),
+    ("14", "= 14"), ("3:30", "3{:}30"), ("5", r"{\color{red}5}"), ("5", r"\framebox{5}"), ("5", r"5 \tag{1}"),
+    ("45", r"45 \frac{\text{miles}}{\text{hour}}"), ("9.8", "9.8 m/s^2"), ("5", r"5\,\text{N}\cdot\text{m}"),
+    ("5", r"5\ \text{kg}\cdot\text{m}/\text{s}^2"), (r"\frac{7}{9}\mathrm{~m}", r"\frac79"), ("5", r"5\ \Omega"),
+    (r"30(\mathrm{~cm}^{2})", "30"), (r"18\mathrm{~min}", "18 minutes"), ("110_2", "110 in base 2"),
+    ("110_2", r"110 \text{ (base 2)}"), ("110_2", "110_{(2)}"), ("53", "53_{10}"), ("17", "17th"),
+    ("4", r"4^{\text{th}}"), ("5", "5 out of 36"),
+    (r"\text{June 5}", "June 5th"), (r"\text{Tuesday}", "on Tuesday"), (r"\text{hyperbola}", "It is a hyperbola"),
+    (r"33\frac13\%", r"\frac{100}{3}\%"), (r"33\frac13\%", "33 1/3%"),
+    (r"12\frac12^\circ", "12.5"), (r"0.\dot{3}", r"\frac13"), (r"3\sqrt{10}", "3√10"), ("1000", "1'000"),
+    (r"\sqrt{10}", "sqrt 10"), (r"1\pm\sqrt2", "1 +/- sqrt(2)"), (r"\log_2 5", "log2(5)"), (r"30^\circ", "30 deg"),
+    ("5", "5 min"), ("2^n", "2ⁿ"), (r"x\in[1,2]", "x in [1,2]"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "<1, 2>"),
+    ("(2,3)", r"\{(2,3)\}"), ("(1,2)", r"\begin{cases} x=1\\y=2\end{cases}"), (r"30\text{ cents}", r"\$0.30"),
+    (r"\frac{10}{3}", "3.333..."), (r"\frac16", r"0.1666\ldots"), (r"\frac{5}{36}", "5 out of 36"),
+    ("70000", r"\$70k"), ("1200000", r"\$1.2M"), ("0.42", "42 hundredths"), ("196", "14 squared"),
+    ("120", r"{10 \choose 3}"), (r"1:\sqrt2", r"\frac{1}{\sqrt2}"), (r"\infty", r"\text{infinity}"),
+    (r"6 \text{ cis } 30^\circ", "3\\sqrt3+3i"), (r"x=k\pi, k\in\mathbb{Z}", r"x=n\pi, n\in\mathbb{Z}"),
+    ("(1,2)", "P(1,2)"), (r"f^{-1}(x)=\frac{x-1}{2}", r"\frac{x-1}{2}"), ("B", "(B) 12"), ("15", r"\textbf{(C)}\ 15"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),
+    (r"(-\infty,-1)\cup(-1,\infty)", r"\text{all real numbers except } x = -1"),
+]  # fmt: skip
+DIFFERENT_WRITINGS = [
+    ("42", "42_5"), ("42", "42 hundredths"), ("42", "42 tenths"), ("14", "14 squared"), ("5", r"5 \text{ to } 6"),
+    (r"15\text{ cm}^2", r"15\text{ m}^2"), ("2k", "2n"), ("16", r"\textbf{(C)}\ 15"), ("4", "42nd"),
+    ("12", r"12 \pmod 7"),
+    (r"\frac{10}{3}", "3.33"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,3],[2,4]]"), ("(1,2)", "P(2,1)"),
+    (r"\mathbb{R}", r"\text{all real numbers except } -1"), ("70", r"\$70k"), ("k", "70k"), ("42", "A42"),
+    (r"30\text{ cents}", r"\$30"), ("5", r"5\text{ at most}"), ("42", r"\text{42, but not really}"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -210,6 +240,7 @@ DIFFERENT_MORE = [
         *SAME_RATIOS_AND_BASES,
         *SAME_MIXED,
         *SAME_MORE,
+        *SAME_WRITINGS,
     ],
 )
 def test_same(gold: str, answer: str) -> None:
@@ -229,6 +260,7 @@ def test_same(gold: str, answer: str) -> None:
         *DIFFERENT_RATIOS_AND_BASES,
         *DIFFERENT_MIXED,
         *DIFFERENT_MORE,
+        *DIFFERENT_WRITINGS,
     ],
 )
 def test_different(gold: str, answer: str) -> None:

@@ -61,10 +61,27 @@ def test_the_text_of_an_option_chooses_it() -> None:
         ("<think>B</think>I do not know.", "B", 0.0),
         ("<think>the answer is B", "B", 0.0),
         ("A quick note: the sum is 4.", "A", 0.0),
+        ("45 - 30 = 15\nSo the correct option is (A).", "A", 1.0),
+        ("C.P. of 1 kg is 5.\nTherefore, the answer is A.", "A", 1.0),
+        ("Answer: D\n\nHence, option A is correct.", "A", 1.0),
+        ("The answer is D/3, which is option A.", "A", 1.0),
+        ("It is not A, C or D, so it must be B.", "B", 1.0),
+        ("Both A and C are wrong; B is right.", "B", 1.0),
+        ("The answer is D. Wait, no, it's B.", "B", 1.0),
+        ("The answer is D. Wait, no, it's B.", "D", 0.0),
+        ("A: The answer is B.", "B", 1.0),
     ],
 )
 def test_free_text(text: str, gold: str, value: float) -> None:
     assert multiple_choice_reward([], [text], answer=[gold], tagged=False)[0].value == value
+
+
+def test_an_option_that_is_said_literally_is_meant() -> None:
+    options = ["2% profit", "3% profit", "2% loss", "3% loss"]
+    assert tagged("3% loss", gold="D", options=options) == 1.0
+    assert tagged("The answer is 34, 62.", gold="A", options=["34, 62", "62, 34"]) == 1.0
+    rupees = chosen_letter("The answer is Rs. 750.", read_options(["Rs. 7", "Rs. 750"]), strict=False)
+    assert rupees.answer == "B"
 
 
 def test_options_are_read_in_every_form() -> None:
