@@ -16,8 +16,7 @@ import torch
 
 from rl.policy.config import PolicyConfig
 from rl.policy.model import Policy, init_policy
-from rl.rollout import engine as engine_module
-from rl.rollout import prefill, state
+from rl.rollout import prefill, rollout, state
 from rl.rollout.engine import Engine
 from rl.rollout.transfer import Mark
 from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
@@ -58,7 +57,7 @@ def late_copies() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in (prefill, state):
             monkeypatch.setattr(module, "to_host", to_host)
-        for module in (engine_module, state):
+        for module in (rollout, state):
             monkeypatch.setattr(module, "Mark", LateMark)
         yield
 
