@@ -87,7 +87,7 @@ class Rollout:
         )
         self.prompt_routes: dict[int, torch.Tensor] = {}
         self.groups: list[RolloutGroup | None] = [None] * len(requests)
-        self.tokens = self.steps = self.row_steps = self.max_rows = 0
+        self.tokens = self.kept_steps = self.steps = self.row_steps = self.max_rows = 0
         self.longest, self.shortest = 0, 1  # own tokens in the cache of the longest row; sampled tokens of the shortest
         self.prefills: list[tuple[Mark, Mark]] = []
         self.first_token_s = self.seconds = 0.0
@@ -235,6 +235,7 @@ class Rollout:
             tokens, finished.logprobs, "stop" if stopped else "length", finished.routes
         )
         self.tokens += len(tokens)
+        self.kept_steps += max(len(tokens) - 1, 0)  # the first token comes from the prompt
         if len(group.completions) == group.size:
             completions = [group.completions[k] for k in range(group.size)]
             routes = self.prompt_routes.pop(group.index, None)  # a part of a buffer for all prompts prefilled together
@@ -256,7 +257,7 @@ class Rollout:
             "first_token_s": self.first_token_s,
             "steps": self.steps,
             "max_batch": self.max_rows,
-            "busy_frac": self.tokens / max(self.row_steps, 1),
+            "busy_frac": self.kept_steps / max(self.row_steps, 1),
             "cache_bytes": self.cache.bytes,
             "derived_bytes": self.stepper.derived_bytes,
             "build_s": self.stepper.build_s,
