@@ -18,7 +18,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def main() -> None:
         steps_per_look=arguments.steps_per_look, look_behind=arguments.look_behind,
         batch_invariant=arguments.batch_invariant,
     )  # fmt: skip
+    lengths = skewed_lengths(arguments) if arguments.skew else [arguments.new] * arguments.batch
     if arguments.skew:
-        lengths = skewed_lengths(arguments)
         engine.limit_of = lambda request, k: lengths[request * arguments.group + k]
     peer = None
     if arguments.peer == "hf":
@@ -92,7 +92,7 @@ def main() -> None:
         ours.append(engine.stats | {"tokens_per_cpu_s": engine.stats["tokens"] / cpu_s})
         if peer is not None:
             theirs.append(peer.generate(requests))
-    emit(describe(ours, config, arguments, policy, bandwidth, warm_up_s))
+    emit(describe(ours, config, arguments, policy, lengths, bandwidth, warm_up_s))
     if theirs:
         emit(compare(ours, theirs))
     if arguments.profile:
@@ -183,12 +183,13 @@ def timed(call: Callable[[], Any], device: torch.device | None = None) -> float:
 
 
 def bytes_per_step(
-    config: PolicyConfig, policy: Policy, arguments: argparse.Namespace, *, rows: int, tokens: int
+    config: PolicyConfig, policy: Policy, lengths: Sequence[int], *, group: int, prompt: int, steps: int
 ) -> tuple[int, int]:
-    """-> weight bytes, cache bytes that an average step of `rows` rows reads: every matrix but the embedding once, of
-    the experts those that some row is expected to choose; own tokens of each row, each group's prompt once. tokens:
-    of all rows of the rollout."""
+    """-> weight bytes, cache bytes that an average one of `steps` steps reads: every matrix but the embedding once, of
+    the experts those that some live row is expected to choose; own tokens of each live row, each group's prompt once.
+    lengths: tokens of each row, group by group; the first comes from the prompt, each other takes a step."""
     element = policy.lm_head.weight.element_size()
+    rows = sum(n - 1 for n in lengths) / steps
     weights = 0.0
     for name, parameter in policy.named_parameters():
         share = 1.0
@@ -199,9 +200,9 @@ def bytes_per_step(
             share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** rows
         weights += share * parameter.numel() * element
     per_token = config.num_hidden_layers * config.cache_width * element
-    average_own = tokens / arguments.batch / 2
-    read = rows * average_own + -(-rows // arguments.group) * arguments.prompt
-    return int(weights), int(read * per_token)
+    longest = [max(lengths[start : start + group]) for start in range(0, len(lengths), group)]
+    read = sum(n * (n - 1) / 2 for n in lengths) + prompt * sum(n - 1 for n in longest)
+    return int(weights), int(read / steps * per_token)
 
 
 def describe(
@@ -209,14 +210,15 @@ def describe(
     config: PolicyConfig,
     arguments: argparse.Namespace,
     policy: Policy,
+    lengths: Sequence[int],
     bandwidth: float,
     warm_up_s: float,
 ) -> dict[str, Any]:
     run = sorted(runs, key=lambda run: run["tokens_per_s"])[len(runs) // 2]
-    weight_bytes, cache_bytes = bytes_per_step(
-        config, policy, arguments, rows=run["max_batch"], tokens=run["tokens"]
-    )
     steps = max(run["steps"], 1)
+    weight_bytes, cache_bytes = bytes_per_step(
+        config, policy, lengths, group=arguments.group, prompt=arguments.prompt, steps=steps
+    )
     limit_s = steps * (weight_bytes + cache_bytes) / bandwidth
     element = policy.lm_head.weight.element_size()
     return {

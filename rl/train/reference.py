@@ -22,12 +22,12 @@ class ReferenceWeights:
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
-        self.copies: dict[str, torch.Tensor] = {}
-        self.refresh()
+        self.copies = {name: holder.data.clone() for name, holder in self._holders()}
 
     def refresh(self) -> None:
-        """Take the policy's present weights."""
-        self.copies = {name: holder.data.clone() for name, holder in self._holders()}
+        """Take the policy's present weights, in the memory of the old ones."""
+        for name, holder in self._holders():
+            self.copies[name].copy_(holder.data)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -49,7 +49,7 @@ class ReferenceWeights:
 
     def load(self, path: str) -> None:
         for name, tensor in load_file(path).items():
-            self.copies[name] = tensor.to(self.copies[name].device)
+            self.copies[name].copy_(tensor)
 
     def _holders(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What holds this rank's numbers: the parameter, or its shard under ZeRO-3; and the routers' biases, which move

@@ -1,6 +1,7 @@
 """The folder of a run: one run at a time, one recipe for good.
 
-Nothing in it is changed before it is known that this run may write there; the recipe is written last.
+Nothing in it is changed before it is known that this run may write there; the recipe is written last. (Only whether
+its rows are still those of the checkpoint is known later, when they are read: `check_same_data`.)
 """
 
 from __future__ import annotations

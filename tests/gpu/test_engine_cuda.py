@@ -140,12 +140,17 @@ def test_batch_invariant_rows_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_looking_behind_changes_nothing_but_time(behind: bool) -> None:
+@pytest.mark.parametrize("stops", [{"stop_token_ids": tuple(range(0, 1000, 40))}, {"stop_strings": ("77", " 3 ")}])
+def test_looking_behind_changes_nothing_but_time(behind: bool, stops: dict) -> None:
+    def generate(**options: object) -> list[list[int]]:
+        engine = Engine(policy, decode_text=lambda ids: " ".join(map(str, ids)), **options)  # type: ignore[arg-type]
+        engine.limit_of = lambda request, k: 50 - 7 * k
+        return tokens_of(engine.generate(make_requests(RAGGED), SamplingParams(50, **stops)))
+
     policy = make_policy(torch.float32)
-    params = SamplingParams(50, stop_token_ids=(3, 17))
-    engine = Engine(policy, max_batch_size=9, steps_per_look=3, look_behind=behind)
-    everything = Engine(policy, steps_per_look=1, look_behind=False).generate(make_requests(RAGGED), params)
-    assert tokens_of(engine.generate(make_requests(RAGGED), params)) == tokens_of(everything)
+    everything = generate(steps_per_look=1, look_behind=False)
+    assert generate(max_batch_size=9, steps_per_look=3, look_behind=behind) == everything
+    assert len({len(tokens) for tokens in everything}) > 8  # rows end at different times, by limits and by stops
 
 
 def test_memory_does_not_grow_from_rollout_to_rollout() -> None:

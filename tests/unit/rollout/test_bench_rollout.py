@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -57,12 +56,25 @@ def test_engine_and_transformers_agree(
     assert theirs["engine"] == "transformers" and theirs["tokens_per_s"] > 0
 
 
+def bytes_read(lengths: list[int], *, steps: int, **changes: object) -> tuple[int, int]:
+    config = PolicyConfig.from_dict(SHAPE | changes)
+    policy = init_policy(config, seed=0)
+    return load().bytes_per_step(config, policy, lengths, group=2, prompt=5, steps=steps)
+
+
 def test_a_tied_output_matrix_is_read_like_any_other() -> None:
-    sizes, read = argparse.Namespace(batch=4, group=2, prompt=5), []
-    for tied in (False, True):
-        config = PolicyConfig.from_dict(SHAPE | {"tie_word_embeddings": tied})
-        read.append(load().bytes_per_step(config, init_policy(config, seed=0), sizes, rows=4, tokens=24))
-    assert read[0] == read[1]
+    assert bytes_read([6] * 4, steps=5) == bytes_read([6] * 4, steps=5, tie_word_embeddings=True)
+
+
+def test_rows_that_have_ended_read_nothing() -> None:
+    token = 2 * (8 + 4) * 4  # layers, cache width, bytes of a number
+    weights, cache = bytes_read([6] * 4, steps=5)
+    assert cache == (4 * (1 + 2 + 3 + 4 + 5) / 5 + 2 * 5) * token
+    # In two steps the first row reads one and two tokens, the third and fourth one; the second never takes a step.
+    skewed, cache = bytes_read([3, 1, 2, 2], steps=2)
+    assert cache == (1 + 2 + 1 + 1 + 5 * (2 + 1)) / 2 * token
+    experts = 4 * 3 * 32 * 16 * 4
+    assert weights - skewed == pytest.approx(((1 - 0.5**4) - (1 - 0.5**2)) * experts, abs=1)  # 2 of 4 rows a step
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,10 @@ def test_neither_weights_nor_biases_nor_replayed_routes_of_the_policy_move_it(ba
     assert torch.equal(reference_logprobs(learner, batches), at_first)
     assert torch.equal(own_logprobs(learner, batches), moved) and not torch.equal(moved, at_first)
     assert learner.reference is not None
+    places = [copy.data_ptr() for copy in learner.reference.copies.values()]
     learner.reference.refresh()
     assert torch.equal(reference_logprobs(learner, batches), moved)
+    assert [copy.data_ptr() for copy in learner.reference.copies.values()] == places  # never two copies at once
 
 
 def test_it_comes_back_from_a_checkpoint(batches: list[MicroBatch], tmp_path: Path) -> None:
