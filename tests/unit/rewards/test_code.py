@@ -224,9 +224,13 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
 
 
 @needs_isolation
-@pytest.mark.parametrize("test", ["def test_add():\n    assert add(1, 2) == 3", "import math"])
+@pytest.mark.parametrize(
+    "test",
+    ["def test_add():\n    assert add(1, 2) == 3", "import math", "import solution\nassert solution.add(1, 2) == 3",
+     "assert add(print) == 3"],
+)  # fmt: skip
 def test_a_test_that_calls_nothing_is_an_error_of_the_row(pool: VerifierPool, test: str) -> None:
-    """It would pass with every program."""
+    """It would say the same of every program."""
     score = grade(pool, "def add(a, b): return 0", {"entry_point": "add", "tests": [test]})
     assert score.value is None and score.rule == "error" and "never calls add" in score.reason
 
