@@ -8,8 +8,13 @@ cases.
     {"entry_point": "add", "cases": [{"args": [2, 3], "output": 5}, ...]}           a function; also "kwargs"
     {"fn_name": "add", "inputs": [[2, 3], ...], "outputs": [5, ...]}                the same, as in APPS, where outputs
                                                                                     may also stand in lists: [[5], ...]
-    {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code (MBPP; HumanEval's
-    check)
+    {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code; also one text that
+                                                                                    defines check, as in HumanEval
+    ["assert add(2, 3) == 5", ...]                                                  the same, as in MBPP
+
+An entry_point names one function of the program or several, plain or as in LeetCode (Solution().add); where it is left
+out beside `tests`, it is what they call and nobody else has defined. A text of `inputs` or `outputs` may also stand as
+the list of its lines.
 
 Comparison happens in our process, never beside the program. Printed text: equal line by line, blanks at the ends of
 lines and of the text aside; a number with a decimal point may differ by 1e-6 (relative or absolute). Values: equal as
@@ -19,6 +24,7 @@ in Python, but a list equals a tuple (JSON has no tuples), and a float may diffe
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -70,9 +76,11 @@ def parse_tests(raw: Any) -> list[Case]:
     if isinstance(raw, Mapping) and isinstance(raw.get("test_cases"), Sequence):
         raw = raw["test_cases"]
     if isinstance(raw, Mapping):
-        cases = _from_mapping(raw)
+        # Arrow gives every row the keys of all others
+        cases = _from_mapping({key: value for key, value in raw.items() if value is not None})
     elif isinstance(raw, list | tuple):
-        cases = [_stdin_case(item) for item in raw]
+        is_code = all(isinstance(item, str) for item in raw)
+        cases = _from_mapping({"tests": raw}) if is_code else [_stdin_case(item) for item in raw]
     else:
         raise ValueError(
             f"tests: a {type(raw).__name__} is not allowed; a list or a mapping, see rewards/code_tests.py"
@@ -85,10 +93,7 @@ def parse_tests(raw: Any) -> list[Case]:
 def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
     names = _names(raw.get("entry_point", raw.get("fn_name")))
     if "tests" in raw:
-        tests = [raw["tests"]] if isinstance(raw["tests"], str) else raw["tests"]
-        if not names or not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
-            raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
-        return [_script_case(test, str(raw.get("setup") or ""), names) for test in tests]
+        return _from_test_code(raw["tests"], str(raw.get("setup") or ""), names)
     if "cases" in raw:
         if len(names) != 1 or not isinstance(raw["cases"], list | tuple):
             raise ValueError("tests: with `cases`, which is a list, one entry_point is needed")
@@ -100,26 +105,51 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
         )
     pairs = list(zip(inputs, outputs, strict=True))
     if not names:
-        return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+        return [_stdin_case({"input": _joined(given), "output": _joined(wanted)}) for given, wanted in pairs]
     boxed = "fn_name" in raw and all(isinstance(output, list) and len(output) == 1 for output in outputs)
     return [replace(_call_case(names[0], {"args": args, "output": output}), boxed=boxed) for args, output in pairs]
 
 
 def _names(raw: Any) -> tuple[str, ...]:
     names = (raw,) if isinstance(raw, str) else () if raw is None else raw
+    if isinstance(names, list | tuple):
+        names = [name.removeprefix("Solution().") if isinstance(name, str) else name for name in names]
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
         raise ValueError(f"tests: entry_point: {raw!r} is not allowed; the name of a function")
     return tuple(names)
 
 
-def _script_case(test: str, setup: str, names: tuple[str, ...]) -> Case:
+def _from_test_code(tests: Any, setup: str, names: tuple[str, ...]) -> list[Case]:
+    tests = [tests] if isinstance(tests, str) else tests
+    if not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
+        raise ValueError("tests: `tests` must be a list of Python texts")
+    codes = [f"{setup}\n{test}" for test in tests]
+    trees = list(map(_parsed, codes))
+    names = names or _called_names(trees)
+    if tests and not names:
+        raise ValueError(
+            "tests: an entry_point is needed, as the tests call no function that only the program can have"
+        )
+    return [_plain_assert(tree.body, names) or ScriptCase(code, names) for tree, code in zip(trees, codes, strict=True)]
+
+
+def _parsed(code: str) -> ast.Module:
     """ValueError for a text that is no Python: it would fail every program."""
-    code = f"{setup}\n{test}"
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"tests: {test[:80]!r} cannot be read: {type(error).__name__}: {error}") from error
-    return _plain_assert(tree.body, names) or ScriptCase(code, names)
+        raise ValueError(f"tests: {code.strip()[:80]!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _called_names(trees: Sequence[ast.Module]) -> tuple[str, ...]:
+    """What test code calls by names that neither it nor Python has defined."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return tuple(name for name in dict.fromkeys(called) if name not in own and not hasattr(builtins, name))
 
 
 def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | None:
@@ -141,6 +171,11 @@ def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | 
     if len(keywords) != len(call.keywords):
         return None
     return CallCase(call.func.id, args, output, keywords, exact=True)
+
+
+def _joined(lines: Any) -> Any:
+    is_lines = isinstance(lines, list) and all(isinstance(line, str) for line in lines)
+    return "\n".join(lines) if is_lines else lines
 
 
 def _stdin_case(item: Any) -> StdinCase:

@@ -418,6 +418,25 @@ def test_code_format() -> None:
         ({"entry_point": "f", "tests": "assert f(x) == 3"}, [ScriptCase("\nassert f(x) == 3", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
+        (["assert f(1) == 2"], [CallCase("f", (1,), 2, exact=True)]),
+        (
+            {
+                "setup": "import math\ndef near(a, b): return math.isclose(a, b)",
+                "tests": ["assert near(max(f(1), h(2)), 3)"],
+            },
+            [
+                ScriptCase(
+                    "import math\ndef near(a, b): return math.isclose(a, b)\nassert near(max(f(1), h(2)), 3)",
+                    ("f", "h"),
+                )
+            ],
+        ),
+        ({"entry_point": "Solution().f", "tests": ["assert f(1) == 2"]}, [CallCase("f", (1,), 2, exact=True)]),
+        ({"inputs": [["1", "2 3"]], "outputs": [["6"]]}, [StdinCase("1\n2 3", "6")]),
+        (
+            {"entry_point": None, "fn_name": "f", "tests": None, "inputs": [[1, 2]], "outputs": [3]},
+            [CallCase("f", (1, 2), 3)],
+        ),
     ],
 )
 def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
@@ -433,7 +452,8 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
      {"entry_point": "f", "setup": "import", "tests": ["assert f(1) == 2"]}, {"entry_point": 3, "tests": ["pass"]},
      {"entry_point": "f", "cases": None}, {"entry_point": "f", "cases": [{"args": [1], "output": 2, "kwargs": [3]}]},
      [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
-     [{"input": "1", "output": "2", "testtype": "functional"}]],
+     [{"input": "1", "output": "2", "testtype": "functional"}], ["assert x == 1"], ["assert f(1) == 2", 3],
+     {"tests": "def check(candidate):\n    assert candidate(1) == 2"}],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
     with pytest.raises(ValueError, match="tests: "):
