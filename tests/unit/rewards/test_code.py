@@ -118,13 +118,15 @@ EMPTY_INPUT = {"input": "", "output": "0"}
         ("class Node: pass\ndef f(x):\n    x.append(Node())\n    return 3",
          {"entry_point": "f", "cases": [{"args": [[1]], "output": 3}]}),
         ("def f(x): return x", {"entry_point": "f", "cases": [{"args": [LONG], "output": LONG}] * 20}),
+        ("class Solution:\n    def f(self, x: List[int]) -> Optional[List[int]]:\n        return x",
+         {"entry_point": "f", "cases": [{"args": [[1]], "output": [1]}]}),
         # how programs of contests read fast
         ("import io, os\nread = io.BytesIO(os.read(0, os.fstat(0).st_size)).read\nprint(int(read()) ** 2)", SQUARES),
         ("import sys\nn = sys.stdin.readline\nprint(int(n()) ** 2)", SQUARES),
         ("print(len(open(0).read()))", [{"input": "long line\n" * 400_000, "output": "4000000"}, EMPTY_INPUT]),
     ],
     ids=["exit", "quit", "threads", "closed output", "other output", "dataclass", "changed argument", "long values",
-         "size of the input", "lines of the input", "long input"],
+         "names of typing", "size of the input", "lines of the input", "long input"],
 )  # fmt: skip
 def test_honest_programs_are_paid_in_full(pool: VerifierPool, program: str, tests: Any) -> None:
     score = grade(pool, program, tests, time_limit_s=5.0, program_limit_s=20.0)
