@@ -11,6 +11,7 @@ cases.
     {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code; also one text that
                                                                                     defines check, as in HumanEval
     ["assert add(2, 3) == 5", ...]                                                  the same, as in MBPP
+    [{"fn_name": "add", "input": [2, 3], "output": 5}, ...]                         a function, as in DeepCoder's data
 
 An entry_point names one function of the program or several, plain or as in LeetCode (Solution().add); where it is left
 out beside `tests`, it is what they call and nobody else has defined. A text of `inputs` or `outputs` may also stand as
@@ -79,8 +80,7 @@ def parse_tests(raw: Any) -> list[Case]:
         # Arrow gives every row the keys of all others
         cases = _from_mapping({key: value for key, value in raw.items() if value is not None})
     elif isinstance(raw, list | tuple):
-        is_code = all(isinstance(item, str) for item in raw)
-        cases = _from_mapping({"tests": raw}) if is_code else [_stdin_case(item) for item in raw]
+        cases = _from_list(raw)
     else:
         raise ValueError(
             f"tests: a {type(raw).__name__} is not allowed; a list or a mapping, see rewards/code_tests.py"
@@ -88,6 +88,16 @@ def parse_tests(raw: Any) -> list[Case]:
     if not cases:
         raise ValueError("tests: there is no case")
     return cases
+
+
+def _from_list(raw: Sequence[Any]) -> list[Case]:
+    if all(isinstance(item, str) for item in raw):
+        return _from_mapping({"tests": raw})
+    name = raw[0].get("fn_name") if isinstance(raw[0], Mapping) else None
+    if name is None or not all(isinstance(item, Mapping) and item.get("fn_name") == name for item in raw):
+        return [_stdin_case(item) for item in raw]
+    inputs, outputs = ([item.get(key) for item in raw] for key in ("input", "output"))
+    return _from_mapping({"fn_name": name, "inputs": inputs, "outputs": outputs})
 
 
 def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:

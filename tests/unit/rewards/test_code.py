@@ -436,6 +436,10 @@ def test_code_format() -> None:
         ({"entry_point": "Solution().f", "tests": ["assert f(1) == 2"]}, [CallCase("f", (1,), 2, exact=True)]),
         ({"inputs": [["1", "2 3"]], "outputs": [["6"]]}, [StdinCase("1\n2 3", "6")]),
         (
+            [{"type": "function_call", "fn_name": "f", "input": [n], "output": [n]} for n in (1, 2)],
+            [CallCase("f", (n,), [n], boxed=True) for n in (1, 2)],
+        ),
+        (
             {"entry_point": None, "fn_name": "f", "tests": None, "inputs": [[1, 2]], "outputs": [3]},
             [CallCase("f", (1, 2), 3)],
         ),
@@ -455,6 +459,7 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
      {"entry_point": "f", "cases": None}, {"entry_point": "f", "cases": [{"args": [1], "output": 2, "kwargs": [3]}]},
      [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
      [{"input": "1", "output": "2", "testtype": "functional"}], ["assert x == 1"], ["assert f(1) == 2", 3],
+     [{"input": [1], "output": 2, "fn_name": "f"}, {"input": [1], "output": 2, "fn_name": "g"}], [{"fn_name": "f"}, 3],
      {"tests": "def check(candidate):\n    assert candidate(1) == 2"}],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
