@@ -15,6 +15,7 @@ from rewards.base import Score
 from rewards.code import code_format_reward, code_reward, extract_program, fenced_blocks
 from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
 from rewards.pool import VerifierPool
+from rewards.registry import load_function
 from rewards.sandbox import SandboxUnavailable, isolation_method
 from rewards.scorer import RewardScorer
 
@@ -235,6 +236,58 @@ def test_a_test_that_calls_nothing_is_an_error_of_the_row(pool: VerifierPool, te
     """It would say the same of every program."""
     score = grade(pool, "def add(a, b): return 0", {"entry_point": "add", "tests": [test]})
     assert score.value is None and score.rule == "error" and "never calls add" in score.reason
+
+
+# A row in the style of each data set, a right program and a wrong one.
+DATA_SETS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "mbpp": (
+        {"text": "Write a function that finds what two tuples share.", "test_setup_code": "",
+         "test_list": ["assert set(shared((1, 2), (2, 3))) == {2}", "assert set(shared((1,), (2,))) == set()"]},
+        "def shared(a, b): return tuple(set(a) & set(b))", "def shared(a, b): return a + b",
+    ),
+    "humaneval": (
+        {"entry_point": "root", "prompt": "import math\nfrom typing import List\n\n"
+         "def value(cs: List[float], x: float):\n    return cs[0] + cs[1] * x\n\n"
+         "def root(cs: List[float]) -> float:\n    \"\"\"Where value is 0.\"\"\"\n",
+         "test": "META = {}\n\ndef check(candidate):\n    for n in range(1, 9):\n"
+         "        assert math.fabs(value([n, 2], candidate([n, 2]))) < 1e-4\n"},
+        "def root(cs: List[float]) -> float:\n    return -cs[0] / cs[1]", "def root(cs): return 0",
+    ),
+    "leetcode": (
+        {"entry_point": "Solution().double", "prompt": "from typing import *\nfrom math import *\n",
+         "problem_description": "Double each.", "starter_code": "class Solution:\n    def double(self, nums)",
+         "test": "def check(candidate):\n    assert candidate(nums=[1, 2]) == [2, floor(4.5)]\n"},
+        "class Solution:\n    def double(self, nums: List[int]) -> List[int]:\n        return [2 * n for n in nums]",
+        "class Solution:\n    def double(self, nums): return nums",
+    ),
+    "livecodebench": (
+        {"question_content": "Repeat.", "starter_code": "class Solution: ...", "metadata": '{"func_name": "repeat"}',
+         "public_test_cases": '[{"input": "[1, 2]\\n2", "output": "[1, 2, 1, 2]", "testtype": "functional"}]'},
+        "class Solution:\n    def repeat(self, x: List[int], n: int): return x * n",
+        "class Solution:\n    def repeat(self, x, n): return x",
+    ),
+    "livecodebench on standard input": (
+        {"question_content": "Square.", "starter_code": "", "metadata": "{}",
+         "public_test_cases": '[{"input": "3\\n", "output": "9\\n", "testtype": "stdin"}]'},
+        "print(int(input()) ** 2)", "print(3)",
+    ),
+}  # fmt: skip
+
+
+@needs_isolation
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_the_page_reads_data_sets(
+    pool: VerifierPool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the snippet of rewards/README.md, a right program of each data set scores 1 and a wrong one 0."""
+    row, right, wrong = DATA_SETS[name]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: [row])
+    page = (Path(__file__).parents[3] / "rewards" / "README.md").read_text()
+    snippet = page.split("## Data sets of programs")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_programs.py").write_text(snippet)
+    (problem,) = load_function(f"{tmp_path}/my_programs.py:problems")("some/set", "test", name.split()[0])
+    assert problem["prompt"] and grade(pool, right, problem["tests"]).value == 1.0
+    assert grade(pool, wrong, problem["tests"], scoring="all").value == 0.0
 
 
 @needs_isolation
