@@ -260,6 +260,12 @@ DATA_SETS: dict[str, tuple[dict[str, Any], str, str]] = {
         "class Solution:\n    def double(self, nums: List[int]) -> List[int]:\n        return [2 * n for n in nums]",
         "class Solution:\n    def double(self, nums): return nums",
     ),
+    "kodcode": (
+        {"question": "Add numbers.", "test_info": [{"function_name": "add"}],
+         "test": "from solution import add\n\ndef test_small():\n    assert add(1, 2) == 3\n\n"
+         "def test_zero():\n    assert add(0, 0) == 0\n"},
+        "def add(a, b): return a + b", "def add(a, b): return 0",
+    ),
     "livecodebench": (
         {"question_content": "Repeat.", "starter_code": "class Solution: ...", "metadata": '{"func_name": "repeat"}',
          "public_test_cases": '[{"input": "[1, 2]\\n2", "output": "[1, 2, 1, 2]", "testtype": "functional"}]'},
