@@ -152,14 +152,16 @@ def _parsed(code: str) -> ast.Module:
 
 
 def _called_names(trees: Sequence[ast.Module]) -> tuple[str, ...]:
-    """What test code calls by names that neither it nor Python has defined."""
+    """What test code calls by names that neither it nor Python has defined. Where it calls nothing else and defines
+    nothing, the program has a function called as one of Python's (MBPP's sum)."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
     called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
-    return tuple(name for name in dict.fromkeys(called) if name not in own and not hasattr(builtins, name))
+    foreign = [name for name in called if name not in own and not hasattr(builtins, name)]
+    return tuple(dict.fromkeys(foreign or ([] if own else called)))
 
 
 def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | None:

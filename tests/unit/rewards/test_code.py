@@ -480,6 +480,7 @@ def test_code_format() -> None:
         ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
         (["assert f(1) == 2"], [CallCase("f", (1,), 2, exact=True)]),
+        (["assert sum(1, 2) == 3"], [CallCase("sum", (1, 2), 3, exact=True)]),
         (
             {
                 "setup": "import math\ndef near(a, b): return math.isclose(a, b)",
@@ -519,7 +520,7 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
      [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
      [{"input": "1", "output": "2", "testtype": "functional"}], ["assert x == 1"], ["assert f(1) == 2", 3],
      [{"input": [1], "output": 2, "fn_name": "f"}, {"input": [1], "output": 2, "fn_name": "g"}], [{"fn_name": "f"}, 3],
-     {"tests": "def check(candidate):\n    assert candidate(1) == 2"}],
+     {"tests": "def check(candidate):\n    assert candidate(1) == int(2)"}],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
     with pytest.raises(ValueError, match="tests: "):
