@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase, same_output, same_value
+from rewards.code_outputs import same_output, same_value
+from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase
 from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
 from rewards.shown import shown

@@ -13,7 +13,8 @@ import pytest
 from rewards import code_runner
 from rewards.base import Score
 from rewards.code import code_format_reward, code_reward, extract_program, fenced_blocks
-from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
+from rewards.code_outputs import same_output, same_value
+from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests
 from rewards.pool import VerifierPool
 from rewards.registry import load_function
 from rewards.sandbox import SandboxUnavailable, isolation_method
