@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase, same_output, same_value
+from rewards.code_outputs import same_output, same_value
+from rewards.code_tests import CallCase, Case, ScriptCase, StdinCase
 from rewards.sandbox import RunResult, Sandbox, SandboxLimits
 from rewards.sandbox_values import decode, encode
 from rewards.shown import shown
@@ -127,7 +128,7 @@ class _ProgramRun:
 
     def _check_test(self, case: ScriptCase) -> str:
         """Carry calls from the test to the program and data back, until the test says how it went. ValueError for a
-        test that would pass with every program, since it calls none."""
+        test that says the same of every program, since it calls none."""
         test = _warm_sandbox("test", self._limits.sandbox)
         result = test.open_test(case.code, list(case.names), limit_s=self._left(), total_s=self._limits.program_s)
         called = False
@@ -135,8 +136,9 @@ class _ProgramRun:
             while result.status == "ok":
                 message = json.loads(result.stdout)
                 if "passed" in message:
-                    if message["passed"] is True and not called:
-                        raise ValueError(f"tests: {case.code.strip()[:80]!r} never calls {' or '.join(case.names)}")
+                    if not called:
+                        problem = f"never calls {' or '.join(case.names)}; {message['error']}".rstrip("; ")
+                        raise ValueError(f"tests: {case.code.strip()[:80]!r} {problem}")
                     return "" if message["passed"] is True else str(message["error"])
                 called = True
                 if self._left() <= 0:

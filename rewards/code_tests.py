@@ -1,4 +1,4 @@
-"""The `tests` of a row of code data, read and checked, and how an output is compared with the expected one.
+"""The `tests` of a row of code data, read and checked.
 
 In: what stands in the dataset's column, as Python data or as its JSON text, in one of these forms. Out: a list of
 cases.
@@ -8,24 +8,24 @@ cases.
     {"entry_point": "add", "cases": [{"args": [2, 3], "output": 5}, ...]}           a function; also "kwargs"
     {"fn_name": "add", "inputs": [[2, 3], ...], "outputs": [5, ...]}                the same, as in APPS, where outputs
                                                                                     may also stand in lists: [[5], ...]
-    {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code (MBPP; HumanEval's
-    check)
+    {"entry_point": "add", "tests": ["assert add(2, 3) == 5", ...], "setup": "..."}   test code; also one text that
+                                                                                    defines check, as in HumanEval
+    ["assert add(2, 3) == 5", ...]                                                  the same, as in MBPP
+    [{"fn_name": "add", "input": [2, 3], "output": 5}, ...]                         a function, as in DeepCoder's data
 
-Comparison happens in our process, never beside the program. Printed text: equal line by line, blanks at the ends of
-lines and of the text aside; a number with a decimal point may differ by 1e-6 (relative or absolute). Values: equal as
-in Python, but a list equals a tuple (JSON has no tuples), and a float may differ by 1e-6.
+An entry_point names one function of the program or several, plain or as in LeetCode (Solution().add); where it is left
+out beside `tests`, it is what they call and nobody else has defined. A text of `inputs` or `outputs` may also stand as
+the list of its lines.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,10 @@ def parse_tests(raw: Any) -> list[Case]:
     if isinstance(raw, Mapping) and isinstance(raw.get("test_cases"), Sequence):
         raw = raw["test_cases"]
     if isinstance(raw, Mapping):
-        cases = _from_mapping(raw)
+        # Arrow gives every row the keys of all others
+        cases = _from_mapping({key: value for key, value in raw.items() if value is not None})
     elif isinstance(raw, list | tuple):
-        cases = [_stdin_case(item) for item in raw]
+        cases = _from_list(raw)
     else:
         raise ValueError(
             f"tests: a {type(raw).__name__} is not allowed; a list or a mapping, see rewards/code_tests.py"
@@ -82,13 +83,20 @@ def parse_tests(raw: Any) -> list[Case]:
     return cases
 
 
+def _from_list(raw: Sequence[Any]) -> list[Case]:
+    if all(isinstance(item, str) for item in raw):
+        return _from_mapping({"tests": raw})
+    name = raw[0].get("fn_name") if isinstance(raw[0], Mapping) else None
+    if name is None or not all(isinstance(item, Mapping) and item.get("fn_name") == name for item in raw):
+        return [_stdin_case(item) for item in raw]
+    inputs, outputs = ([item.get(key) for item in raw] for key in ("input", "output"))
+    return _from_mapping({"fn_name": name, "inputs": inputs, "outputs": outputs})
+
+
 def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
     names = _names(raw.get("entry_point", raw.get("fn_name")))
     if "tests" in raw:
-        tests = [raw["tests"]] if isinstance(raw["tests"], str) else raw["tests"]
-        if not names or not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
-            raise ValueError("tests: with `tests`, an entry_point and a list of Python texts are needed")
-        return [_script_case(test, str(raw.get("setup") or ""), names) for test in tests]
+        return _from_test_code(raw["tests"], str(raw.get("setup") or ""), names)
     if "cases" in raw:
         if len(names) != 1 or not isinstance(raw["cases"], list | tuple):
             raise ValueError("tests: with `cases`, which is a list, one entry_point is needed")
@@ -100,26 +108,53 @@ def _from_mapping(raw: Mapping[str, Any]) -> list[Case]:
         )
     pairs = list(zip(inputs, outputs, strict=True))
     if not names:
-        return [_stdin_case({"input": given, "output": wanted}) for given, wanted in pairs]
+        return [_stdin_case({"input": _joined(given), "output": _joined(wanted)}) for given, wanted in pairs]
     boxed = "fn_name" in raw and all(isinstance(output, list) and len(output) == 1 for output in outputs)
     return [replace(_call_case(names[0], {"args": args, "output": output}), boxed=boxed) for args, output in pairs]
 
 
 def _names(raw: Any) -> tuple[str, ...]:
     names = (raw,) if isinstance(raw, str) else () if raw is None else raw
+    if isinstance(names, list | tuple):
+        names = [name.removeprefix("Solution().") if isinstance(name, str) else name for name in names]
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
         raise ValueError(f"tests: entry_point: {raw!r} is not allowed; the name of a function")
     return tuple(names)
 
 
-def _script_case(test: str, setup: str, names: tuple[str, ...]) -> Case:
+def _from_test_code(tests: Any, setup: str, names: tuple[str, ...]) -> list[Case]:
+    tests = [tests] if isinstance(tests, str) else tests
+    if not isinstance(tests, list | tuple) or not all(isinstance(test, str) for test in tests):
+        raise ValueError("tests: `tests` must be a list of Python texts")
+    codes = [f"{setup}\n{test}" for test in tests]
+    trees = list(map(_parsed, codes))
+    names = names or _called_names(trees)
+    if tests and not names:
+        raise ValueError(
+            "tests: an entry_point is needed, as the tests call no function that only the program can have"
+        )
+    return [_plain_assert(tree.body, names) or ScriptCase(code, names) for tree, code in zip(trees, codes, strict=True)]
+
+
+def _parsed(code: str) -> ast.Module:
     """ValueError for a text that is no Python: it would fail every program."""
-    code = f"{setup}\n{test}"
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"tests: {test[:80]!r} cannot be read: {type(error).__name__}: {error}") from error
-    return _plain_assert(tree.body, names) or ScriptCase(code, names)
+        raise ValueError(f"tests: {code.strip()[:80]!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _called_names(trees: Sequence[ast.Module]) -> tuple[str, ...]:
+    """What test code calls by names that neither it nor Python has defined. Where it calls nothing else and defines
+    nothing, the program has a function called as one of Python's (MBPP's sum)."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    foreign = [name for name in called if name not in own and not hasattr(builtins, name)]
+    return tuple(dict.fromkeys(foreign or ([] if own else called)))
 
 
 def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | None:
@@ -141,6 +176,11 @@ def _plain_assert(body: Sequence[ast.stmt], names: Sequence[str]) -> CallCase | 
     if len(keywords) != len(call.keywords):
         return None
     return CallCase(call.func.id, args, output, keywords, exact=True)
+
+
+def _joined(lines: Any) -> Any:
+    is_lines = isinstance(lines, list) and all(isinstance(line, str) for line in lines)
+    return "\n".join(lines) if is_lines else lines
 
 
 def _stdin_case(item: Any) -> StdinCase:
@@ -166,69 +206,3 @@ def _call_case(name: str, item: Any) -> CallCase:
         raise ValueError(f"tests: case {str(item)[:80]!r}: kwargs: a mapping is needed")
     output = item["output"] if "output" in item else item["expected"]
     return CallCase(name, tuple(item["args"]), output, dict(kwargs))
-
-
-def same_output(printed: str, expected: str) -> bool:
-    """Whether a program printed what it should have.
-
-    >>> same_output("1 2 \\n3.0000001\\n\\n", "1 2\\n3.0")
-    True
-    """
-    ours, theirs = _lines(printed), _lines(expected)
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip().splitlines()]
-
-
-def _same_line(printed: str, expected: str) -> bool:
-    if printed == expected:
-        return True
-    ours, theirs = printed.split(), expected.split()
-    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
-
-
-def _same_word(printed: str, expected: str) -> bool:
-    if printed == expected:
-        return True
-    if "." not in expected:
-        return False
-    try:
-        ours, theirs = float(printed), float(expected)
-    except ValueError:
-        return False
-    return _close(ours, theirs)
-
-
-def same_value(returned: Any, expected: Any) -> bool:
-    """Whether a function returned what it should have; both are plain data.
-
-    >>> same_value((1, [2.0000001]), [1, [2.0]])
-    True
-    """
-    if isinstance(expected, float) and isinstance(returned, int | float):
-        return _close(float(returned), expected) if abs(returned) < 1e300 else returned == expected
-    if isinstance(expected, list | tuple):
-        if not isinstance(returned, list | tuple):
-            return isinstance(expected, list) and hasattr(returned, "__next__") and same_value(list(returned), expected)
-        return len(returned) == len(expected) and all(map(same_value, returned, expected))
-    if isinstance(expected, dict):
-        if not isinstance(returned, dict) or len(returned) != len(expected):
-            return False
-        # keys of a JSON object are always texts, those of the program's dict need not be
-        whole = all(key in returned for key in expected)
-        ours = returned if whole else {_key_text(key): item for key, item in returned.items()}
-        return all(key in ours and same_value(ours[key], item) for key, item in expected.items())
-    return bool(returned == expected)
-
-
-def _key_text(key: Any) -> Any:
-    try:
-        return str(key)
-    except ValueError:  # an int of more than 4,300 digits
-        return key
-
-
-def _close(ours: float, theirs: float) -> bool:
-    return ours == theirs or math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=TOLERANCE)

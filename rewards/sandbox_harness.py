@@ -83,7 +83,7 @@ class Harness:
         The first answer must come within limit_s; total_s bounds its processor time."""
         self._abandon_dialog()
         body = (lambda: serve_calls(self._code)) if test is None else (lambda: run_test(**test))
-        self._dialog = _Child(body, total_s, self._settings, stdin=b"", output_bytes=self._settings["output_bytes"])
+        self._dialog = _Child(body, total_s, self._settings, stdin=None, output_bytes=self._settings["output_bytes"])
         self._dialog.restart_clock(limit_s)
         return self._answer(self._dialog)
 
@@ -119,9 +119,12 @@ class Harness:
 
 
 class _Child:
-    """A forked process that runs `body` with standard input, output and errors on pipes to us."""
+    """A forked process that runs `body` with output and errors on pipes to us. stdin: all of its standard input, or
+    None for one that is written to."""
 
-    def __init__(self, body: Any, limit_s: float, settings: dict[str, Any], *, stdin: bytes, output_bytes: int) -> None:
+    def __init__(
+        self, body: Any, limit_s: float, settings: dict[str, Any], *, stdin: bytes | None, output_bytes: int
+    ) -> None:
         self._deadline = time.monotonic() + limit_s
         self._started = time.monotonic()
         self._memory_bytes = settings["memory_bytes"]
@@ -130,7 +133,7 @@ class _Child:
         self._status = ""
         self._memory_checked = self._started
         self.leftover = 0
-        child_in, self._in = os.pipe()
+        child_in, self._in = os.pipe() if stdin is None else (_file_of(stdin, settings["input_fd"]), -1)
         out, child_out = os.pipe()
         err, child_err = os.pipe()
         self._pid = os.fork()
@@ -139,9 +142,10 @@ class _Child:
         for fd in (child_in, child_out, child_err):
             os.close(fd)
         for fd in (self._in, out, err):
-            os.set_blocking(fd, False)
+            if fd >= 0:
+                os.set_blocking(fd, False)
         self._exited = os.pidfd_open(self._pid)
-        self._pending = memoryview(stdin)
+        self._pending = memoryview(b"")
         self._collected = bytearray()
         self._errors = bytearray()
         self._readable = {out: self._collected, err: self._errors}
@@ -157,7 +161,7 @@ class _Child:
         while (end := self._collected.find(b"\n")) < 0:
             if self._status:
                 return None
-            self._exchange(close_input=False)
+            self._exchange()
         line = bytes(self._collected[:end])
         del self._collected[: end + 1]  # output_bytes bounds what was not read yet, not the whole conversation
         return line
@@ -168,9 +172,9 @@ class _Child:
         self.finish()
 
     def finish(self) -> dict[str, Any]:
-        """Feed and read until it ends or breaks a limit; then end whatever it started."""
+        """Read until it ends or breaks a limit; then end whatever it started."""
         while not self._status:
-            self._exchange(close_input=True)
+            self._exchange()
         seconds = time.monotonic() - self._started
         code = None
         if self._status == "exited":
@@ -189,17 +193,14 @@ class _Child:
                 self._status = "timeout"
         return {"status": self._status, "error": error, "code": code, "seconds": seconds}
 
-    def _exchange(self, *, close_input: bool) -> None:
+    def _exchange(self) -> None:
         """Wait a moment, move what can be moved, and set the status once it is decided."""
         poller = select.poll()
         poller.register(OWNER, 0)  # tells of nothing but its end
         for fd in (*self._readable, self._exited):
             poller.register(fd, select.POLLIN)
-        if self._in >= 0 and self._pending:
+        if self._pending:
             poller.register(self._in, select.POLLOUT)
-        elif self._in >= 0 and close_input:
-            os.close(self._in)
-            self._in = -1
         left_ms = (self._deadline - time.monotonic()) * 1000
         if left_ms <= 0:
             self._status = "timeout"
@@ -243,6 +244,18 @@ class _Child:
                         del sink[:-STDERR_BYTES]
             except BlockingIOError:
                 continue
+
+
+def _file_of(content: bytes, fd: int) -> int:
+    """Put it into the file of the descriptor, to be read from the start. Not a pipe: some programs read as much as the
+    file's size says."""
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return os.dup(fd)
 
 
 def _become_program(body: Any, fds: tuple[int, int, int], limit_s: float, settings: dict[str, Any]) -> NoReturn:
@@ -352,7 +365,7 @@ def main() -> None:
         sys.exit("this program kills all other processes it can reach: it must be process 1 of its own namespace")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python handles, and so lets through to process 1
     channel = LineChannel(OWNER, 1)
-    settings = channel.receive()
+    settings = {**channel.receive(), "input_fd": os.memfd_create("input")}  # before the filter, which refuses that
     _drop_rights(settings)
     gc.disable()  # a collection in a forked child would copy every page that it marks
     gc.freeze()

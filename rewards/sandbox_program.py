@@ -10,6 +10,7 @@ from __future__ import annotations
 import marshal
 import os
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -56,9 +57,11 @@ def run_main(code: bytes) -> None:
 
 
 def serve_calls(code: bytes) -> None:
-    """Run the program with its prints discarded, then answer calls of its functions."""
+    """Run the program with its prints discarded, then answer calls of its functions. Its problem may have given it
+    their signatures without the import of typing that these need, as LeetCode does."""
     channel = _private_channel()
     namespace = _namespace("program")  # an `if __name__ == "__main__"` part is for the other style
+    vars(sys.modules["builtins"]).update({name: getattr(typing, name) for name in typing.__all__})
     exec(marshal.loads(code), namespace)
     channel.send({"loaded": True})
     while True:

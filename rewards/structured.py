@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rewards.base import Completion, Score, completion_text
 from rewards.pool import Outcome, VerifierPool, shared_pool
 from rewards.reward_entry import checked_by
+from rewards.shown import shown
 from rewards.tag_format import answer_block
 
 _TIME_LIMIT_S = 1.0
@@ -205,11 +206,11 @@ def validate(value: Any, schema: Any, where: str = "$") -> str:
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds is not None and not any(_is_type(value, kind) for kind in kinds):
-        return f"{where}: {_shown(value)} is no {' or '.join(kinds)}"
+        return f"{where}: {shown(value, 60)} is no {' or '.join(kinds)}"
     if "enum" in schema and not any(_same_json(value, item) for item in schema["enum"]):
-        return f"{where}: {_shown(value)} is not one of the allowed values"
+        return f"{where}: {shown(value, 60)} is not one of the allowed values"
     if "const" in schema and not _same_json(value, schema["const"]):
-        return f"{where}: {_shown(value)} is not {schema['const']!r}"
+        return f"{where}: {shown(value, 60)} is not {schema['const']!r}"
     checks = (_check_number, _check_string, _check_array, _check_object)
     for problem in (check(value, schema, where) for check in checks):
         if problem:
@@ -218,7 +219,7 @@ def validate(value: Any, schema: Any, where: str = "$") -> str:
         if problem := validate(value, part, where):
             return problem
     if "anyOf" in schema and all(validate(value, part, where) for part in schema["anyOf"]):
-        return f"{where}: {_shown(value)} fits none of the alternatives"
+        return f"{where}: {shown(value, 60)} fits none of the alternatives"
     return ""
 
 
@@ -241,7 +242,7 @@ def _check_number(value: Any, schema: Mapping[str, Any], where: str) -> str:
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
     if low <= value <= high and (above < value or above == -math.inf) and (value < below or below == math.inf):
         return ""
-    return f"{where}: {_shown(value)} is out of range"
+    return f"{where}: {shown(value, 60)} is out of range"
 
 
 def _check_string(value: Any, schema: Mapping[str, Any], where: str) -> str:
@@ -250,7 +251,7 @@ def _check_string(value: Any, schema: Mapping[str, Any], where: str) -> str:
     if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf):
         return f"{where}: a text of {len(value)} characters"
     if "pattern" in schema and not re.search(schema["pattern"], value):
-        return f"{where}: {_shown(value)} does not match {schema['pattern']!r}"
+        return f"{where}: {shown(value, 60)} does not match {schema['pattern']!r}"
     return ""
 
 
@@ -273,8 +274,3 @@ def _check_object(value: Any, schema: Mapping[str, Any], where: str) -> str:
     others = schema.get("additionalProperties", True)
     problems = (validate(item, properties.get(key, others), f"{where}.{key}") for key, item in value.items())
     return next(filter(None, problems), "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,8 +13,10 @@ import pytest
 from rewards import code_runner
 from rewards.base import Score
 from rewards.code import code_format_reward, code_reward, extract_program, fenced_blocks
-from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests, same_output, same_value
+from rewards.code_outputs import same_output, same_value
+from rewards.code_tests import CallCase, ScriptCase, StdinCase, parse_tests
 from rewards.pool import VerifierPool
+from rewards.registry import load_function
 from rewards.sandbox import SandboxUnavailable, isolation_method
 from rewards.scorer import RewardScorer
 
@@ -93,6 +95,7 @@ def test_scores(pool: VerifierPool, program: str, tests: Any, value: float, says
 
 
 LONG = list(range(100_000, 120_000))
+EMPTY_INPUT = {"input": "", "output": "0"}
 
 
 @needs_isolation
@@ -117,8 +120,15 @@ LONG = list(range(100_000, 120_000))
         ("class Node: pass\ndef f(x):\n    x.append(Node())\n    return 3",
          {"entry_point": "f", "cases": [{"args": [[1]], "output": 3}]}),
         ("def f(x): return x", {"entry_point": "f", "cases": [{"args": [LONG], "output": LONG}] * 20}),
+        ("class Solution:\n    def f(self, x: List[int]) -> Optional[List[int]]:\n        return x",
+         {"entry_point": "f", "cases": [{"args": [[1]], "output": [1]}]}),
+        # how programs of contests read fast
+        ("import io, os\nread = io.BytesIO(os.read(0, os.fstat(0).st_size)).read\nprint(int(read()) ** 2)", SQUARES),
+        ("import sys\nn = sys.stdin.readline\nprint(int(n()) ** 2)", SQUARES),
+        ("print(len(open(0).read()))", [{"input": "long line\n" * 400_000, "output": "4000000"}, EMPTY_INPUT]),
     ],
-    ids=["exit", "quit", "threads", "closed output", "other output", "dataclass", "changed argument", "long values"],
+    ids=["exit", "quit", "threads", "closed output", "other output", "dataclass", "changed argument", "long values",
+         "names of typing", "size of the input", "lines of the input", "long input"],
 )  # fmt: skip
 def test_honest_programs_are_paid_in_full(pool: VerifierPool, program: str, tests: Any) -> None:
     score = grade(pool, program, tests, time_limit_s=5.0, program_limit_s=20.0)
@@ -218,11 +228,73 @@ def test_a_test_sees_what_the_program_did_to_its_arguments_and_its_exceptions(po
 
 
 @needs_isolation
-@pytest.mark.parametrize("test", ["def test_add():\n    assert add(1, 2) == 3", "import math"])
+@pytest.mark.parametrize(
+    "test",
+    ["def test_add():\n    assert add(1, 2) == 3", "import math", "import solution\nassert solution.add(1, 2) == 3",
+     "assert add(print) == 3"],
+)  # fmt: skip
 def test_a_test_that_calls_nothing_is_an_error_of_the_row(pool: VerifierPool, test: str) -> None:
-    """It would pass with every program."""
+    """It would say the same of every program."""
     score = grade(pool, "def add(a, b): return 0", {"entry_point": "add", "tests": [test]})
     assert score.value is None and score.rule == "error" and "never calls add" in score.reason
+
+
+# A row in the style of each data set, a right program and a wrong one.
+DATA_SETS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "mbpp": (
+        {"text": "Write a function that finds what two tuples share.", "test_setup_code": "",
+         "test_list": ["assert set(shared((1, 2), (2, 3))) == {2}", "assert set(shared((1,), (2,))) == set()"]},
+        "def shared(a, b): return tuple(set(a) & set(b))", "def shared(a, b): return a + b",
+    ),
+    "humaneval": (
+        {"entry_point": "root", "prompt": "import math\nfrom typing import List\n\n"
+         "def value(cs: List[float], x: float):\n    return cs[0] + cs[1] * x\n\n"
+         "def root(cs: List[float]) -> float:\n    \"\"\"Where value is 0.\"\"\"\n",
+         "test": "META = {}\n\ndef check(candidate):\n    for n in range(1, 9):\n"
+         "        assert math.fabs(value([n, 2], candidate([n, 2]))) < 1e-4\n"},
+        "def root(cs: List[float]) -> float:\n    return -cs[0] / cs[1]", "def root(cs): return 0",
+    ),
+    "leetcode": (
+        {"entry_point": "Solution().double", "prompt": "from typing import *\nfrom math import *\n",
+         "problem_description": "Double each.", "starter_code": "class Solution:\n    def double(self, nums)",
+         "test": "def check(candidate):\n    assert candidate(nums=[1, 2]) == [2, floor(4.5)]\n"},
+        "class Solution:\n    def double(self, nums: List[int]) -> List[int]:\n        return [2 * n for n in nums]",
+        "class Solution:\n    def double(self, nums): return nums",
+    ),
+    "kodcode": (
+        {"question": "Add numbers.", "test_info": [{"function_name": "add"}],
+         "test": "from solution import add\n\ndef test_small():\n    assert add(1, 2) == 3\n\n"
+         "def test_zero():\n    assert add(0, 0) == 0\n"},
+        "def add(a, b): return a + b", "def add(a, b): return 0",
+    ),
+    "livecodebench": (
+        {"question_content": "Repeat.", "starter_code": "class Solution: ...", "metadata": '{"func_name": "repeat"}',
+         "public_test_cases": '[{"input": "[1, 2]\\n2", "output": "[1, 2, 1, 2]", "testtype": "functional"}]'},
+        "class Solution:\n    def repeat(self, x: List[int], n: int): return x * n",
+        "class Solution:\n    def repeat(self, x, n): return x",
+    ),
+    "livecodebench on standard input": (
+        {"question_content": "Square.", "starter_code": "", "metadata": "{}",
+         "public_test_cases": '[{"input": "3\\n", "output": "9\\n", "testtype": "stdin"}]'},
+        "print(int(input()) ** 2)", "print(3)",
+    ),
+}  # fmt: skip
+
+
+@needs_isolation
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_the_page_reads_data_sets(
+    pool: VerifierPool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the snippet of rewards/README.md, a right program of each data set scores 1 and a wrong one 0."""
+    row, right, wrong = DATA_SETS[name]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: [row])
+    page = (Path(__file__).parents[3] / "rewards" / "README.md").read_text()
+    snippet = page.split("## Data sets of programs")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_programs.py").write_text(snippet)
+    (problem,) = load_function(f"{tmp_path}/my_programs.py:problems")("some/set", "test", name.split()[0])
+    assert problem["prompt"] and grade(pool, right, problem["tests"]).value == 1.0
+    assert grade(pool, wrong, problem["tests"], scoring="all").value == 0.0
 
 
 @needs_isolation
@@ -408,6 +480,30 @@ def test_code_format() -> None:
         ({"entry_point": "f", "tests": "assert f(x) == 3"}, [ScriptCase("\nassert f(x) == 3", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f() == 1 == 1"]}, [ScriptCase("\nassert f() == 1 == 1", ("f",))]),
         ({"entry_point": "f", "tests": ["assert f(**x) == 1"]}, [ScriptCase("\nassert f(**x) == 1", ("f",))]),
+        (["assert f(1) == 2"], [CallCase("f", (1,), 2, exact=True)]),
+        (["assert sum(1, 2) == 3"], [CallCase("sum", (1, 2), 3, exact=True)]),
+        (
+            {
+                "setup": "import math\ndef near(a, b): return math.isclose(a, b)",
+                "tests": ["assert near(max(f(1), h(2)), 3)"],
+            },
+            [
+                ScriptCase(
+                    "import math\ndef near(a, b): return math.isclose(a, b)\nassert near(max(f(1), h(2)), 3)",
+                    ("f", "h"),
+                )
+            ],
+        ),
+        ({"entry_point": "Solution().f", "tests": ["assert f(1) == 2"]}, [CallCase("f", (1,), 2, exact=True)]),
+        ({"inputs": [["1", "2 3"]], "outputs": [["6"]]}, [StdinCase("1\n2 3", "6")]),
+        (
+            [{"type": "function_call", "fn_name": "f", "input": [n], "output": [n]} for n in (1, 2)],
+            [CallCase("f", (n,), [n], boxed=True) for n in (1, 2)],
+        ),
+        (
+            {"entry_point": None, "fn_name": "f", "tests": None, "inputs": [[1, 2]], "outputs": [3]},
+            [CallCase("f", (1, 2), 3)],
+        ),
     ],
 )
 def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
@@ -423,7 +519,9 @@ def test_forms_of_tests(raw: Any, cases: list[Any]) -> None:
      {"entry_point": "f", "setup": "import", "tests": ["assert f(1) == 2"]}, {"entry_point": 3, "tests": ["pass"]},
      {"entry_point": "f", "cases": None}, {"entry_point": "f", "cases": [{"args": [1], "output": 2, "kwargs": [3]}]},
      [{"input": "1", "output": "2", "type": "function_call", "fn_name": "f"}],
-     [{"input": "1", "output": "2", "testtype": "functional"}]],
+     [{"input": "1", "output": "2", "testtype": "functional"}], ["assert x == 1"], ["assert f(1) == 2", 3],
+     [{"input": [1], "output": 2, "fn_name": "f"}, {"input": [1], "output": 2, "fn_name": "g"}], [{"fn_name": "f"}, 3],
+     {"tests": "def check(candidate):\n    assert candidate(1) == int(2)"}],
 )  # fmt: skip
 def test_unreadable_tests_are_refused(raw: Any) -> None:
     with pytest.raises(ValueError, match="tests: "):

@@ -66,7 +66,7 @@ def says(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Re
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    monkeypatch.setattr("rewards.judge._BACKOFF_S", 0.01)
+    monkeypatch.setattr("rewards.chat_client._BACKOFF_S", 0.01)
     judge = Judge()
     yield judge
     judge.server.shutdown()
