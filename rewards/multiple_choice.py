@@ -124,7 +124,7 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
         return Extraction(letter, "whole text")
     found = _free_choice(plain, options)
     if found.answer is None and found.how == _NO_LETTER and (answer := free_answer(text).answer):
-        matching = _matching_options(answer, options)
+        matching = _matching_options(answer, options) or _quoted_options(plain, options)
         return Extraction(matching[0], "option text") if len(matching) == 1 else found
     return found
 
@@ -192,6 +192,17 @@ def _matching_options(text: str, options: Options) -> list[str]:
         letter
         for letter, option in options.texts.items()
         if option and matches[option].equal and (rules is None or matches[option].rule in rules)
+    ]
+
+
+def _quoted_options(text: str, options: Options) -> list[str]:
+    """Options of a number and its unit that the last line quotes (`It takes 5 hours to drive the 15 miles`)."""
+    line = text.rpartition("\n")[2]
+    if HEDGE.search(line):
+        return []
+    quantities = {letter: option for letter, option in options.texts.items() if re.fullmatch(r"\d+ [a-z]+", option)}
+    return [
+        letter for letter, option in quantities.items() if re.search(rf"(?<![\d.,-]){option}\b", line, re.IGNORECASE)
     ]
 
 
