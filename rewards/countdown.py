@@ -39,7 +39,9 @@ _STATED = re.compile(
 )
 # Words before the expression on the last line of a completion without tags; those of the last statement count.
 _CONCLUSION = re.compile(
-    r"\A.*\b(?:(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)|(?:so|thus|hence|therefore):)\s*", re.IGNORECASE
+    r"\A.*\b(?<!wrong )(?<!incorrect )"
+    r"(?:(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)|(?:so|thus|hence|therefore):)\s*",
+    re.IGNORECASE,
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _TIMES_LETTER = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")

@@ -61,7 +61,7 @@ _WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _SIGNS = re.compile(r"[-+*/^=<>≠≤≥‰\\]")
 # What is said behind an answer: a remark (`40, so each friend gets 2`), or that it was wrong.
 _REMARK = re.compile(r",?\s+(?:so|because|since|which|as|where|meaning)\b|,\s+(?:and|but|therefore|thus|hence)\b")
-_DOUBTED = re.compile(r"\b(?:might|may|could)(?: also| well)? be\b.{0,40}\d", re.IGNORECASE)
+_DOUBTED = re.compile(r"\b(?:it|this|that|answer) (?:might|may|could)(?: also| well)? be \$?-?\d", re.IGNORECASE)
 _CORRECTED = re.compile(
     r"\b(?:wait|actually|hold on|correction|on second thought|hmm+|oops)\b"
     r"|\blet me (?:re-?\w+|correct|check|double|think)\b",

@@ -123,7 +123,7 @@ def _concludes_word(text: str, reference: str) -> bool:
     except HostileText:
         return False
     says = bool(_WORD.match(word)) and word.isalpha() and re.search(rf"(?:\b(?:is|are|was|were|on)|:) {word}\Z", plain)
-    return bool(says) and not HEDGE.search(plain) and not DENIED.search(plain)
+    return bool(says) and "?" not in sentence and not HEDGE.search(plain) and not DENIED.search(plain)
 
 
 def _same_words(reference: str, content: str) -> bool:

@@ -73,6 +73,7 @@ _PHRASE_END = re.compile(r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。")
 _CORRECTED = re.compile(r"\b(?:wait|actually|correction|oops)\b", re.IGNORECASE)
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
+_LIMIT = re.compile(r"\b(?:than|least|most|too|over|under|up to)\b", re.IGNORECASE)
 _NO_LETTER = "no option named"
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
@@ -198,7 +199,7 @@ def _matching_options(text: str, options: Options) -> list[str]:
 def _quoted_options(text: str, options: Options) -> list[str]:
     """Options of a number and its unit that the last line quotes (`It takes 5 hours to drive the 15 miles`)."""
     line = text.rpartition("\n")[2]
-    if HEDGE.search(line):
+    if HEDGE.search(line) or _LIMIT.search(line):
         return []
     quantities = {letter: option for letter, option in options.texts.items() if re.fullmatch(r"\d+ [a-z]+", option)}
     return [
