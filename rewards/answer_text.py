@@ -29,7 +29,7 @@ _SHARE = re.compile(r"(\d+) out of (\d+)")
 _LEAD = re.compile(r"(?:it is|it's|this is|on|in|at)\s+(?=[a-z]{3})(.+)")
 _SAYS = re.compile(r"(?:[a-z]+ ){1,5}(?:is|are|was) ([a-z]{3,})")
 _VERDICT = re.compile(r"(?=yes, \w+ \w+\Z|no, \w+ (?:\w+ not|\w+n't)\Z)(yes|no), (?:it|he|she|they|this|that|there) .+")
-_DENIED = re.compile(r"\b(?:not|never|neither|nor|no|if|unless|false|wrong|untrue|doubt)\b")
+DENIED = re.compile(r"\b(?:not|never|neither|nor|no|if|unless|false|wrong|untrue|doubt)\b")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s?([ap]m)?")
 _LABELLED = re.compile(r"\(?([A-H])[).:]\s*(?=\S)(.+)|\(([A-H])\)\s*(.+)", re.DOTALL)
 
@@ -64,7 +64,7 @@ def reworded(answer: str) -> str | None:
     plain = plain_words(answer)
     if share := _SHARE.fullmatch(plain):
         return f"{share.group(1)}/{share.group(2)}"
-    if lead := _LEAD.fullmatch(plain) or (_SAYS.fullmatch(plain) if not _DENIED.search(plain) else None):
+    if lead := _LEAD.fullmatch(plain) or (_SAYS.fullmatch(plain) if not DENIED.search(plain) else None):
         return lead.group(1)
     if verdict := _VERDICT.fullmatch(plain):
         return verdict.group(1)

@@ -3,8 +3,8 @@
 In: completions, a column with the numbers and one with the target. Out: one `Score` each. The expression is read by a
 small parser of its own (whole numbers, + - * / and parentheses; the signs × ÷ − count as * / -) and computed with
 exact rationals; nothing is evaluated by Python. Source: the Countdown task of TinyZero; departures: no `**`, `//` or
-`_`, no floating point, so neither `5 ** 2 - 1` nor a value near the target is paid. One `= target` at the end is
-allowed.
+`_`, no floating point, so neither `5 ** 2 - 1` nor a value near the target is paid. Behind the expression `= target` is
+allowed, and steps on the way to it (`= 15 + 9 = 24`) whose value is the target.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ _LATEX = (
 )
 _STATED = re.compile(
     r"\A\s*(?:(?:the|one|a)\s+)?(?:(?:final|possible)\s+)?(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)\s*",
+    re.IGNORECASE,
+)
+# Words before the expression on the last line of a completion without tags; those of the last statement count.
+_CONCLUSION = re.compile(
+    r"\A.*\b(?<!wrong )(?<!incorrect )"
+    r"(?:(?:answer|expression|solution|equation)\s*(?:is\s*:?|:)|(?:so|thus|hence|therefore):)\s*",
     re.IGNORECASE,
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -181,7 +187,7 @@ def _stated_expression(text: str, tagged: bool) -> tuple[str | None, str]:
     boxes = find_boxes(text)
     if boxes:
         return boxes[-1].content, ""
-    return (text.rpartition("\n")[2], "") if text else (None, "no text after thinking")
+    return (_CONCLUSION.sub("", text.rpartition("\n")[2]), "") if text else (None, "no text after thinking")
 
 
 def _checked_value(expression: str, target: Fraction) -> tuple[Fraction, list[int]]:
@@ -198,10 +204,10 @@ def _checked_value(expression: str, target: Fraction) -> tuple[Fraction, list[in
         if not changed:
             break
     expression = _TIMES_LETTER.sub("*", expression)
-    left, sign, right = expression.replace("==", "=").partition("=")
-    if sign and left.strip() == str(target):
-        left, right = right, left  # `24 = 3 * 5 + 7 + 2`
-    if sign and right.strip() != str(target):
+    left, *steps = expression.replace("==", "=").split("=")
+    if len(steps) == 1 and left.strip() == str(target):
+        left, steps = steps[0], [left]  # `24 = 3 * 5 + 7 + 2`
+    if steps and (steps[-1].strip() != str(target) or any(parse_expression(step)[0] != target for step in steps)):
         raise CountdownError("another value behind the equals sign than the target")
     return parse_expression(left)
 

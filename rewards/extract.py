@@ -61,6 +61,7 @@ _WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 _SIGNS = re.compile(r"[-+*/^=<>≠≤≥‰\\]")
 # What is said behind an answer: a remark (`40, so each friend gets 2`), or that it was wrong.
 _REMARK = re.compile(r",?\s+(?:so|because|since|which|as|where|meaning)\b|,\s+(?:and|but|therefore|thus|hence)\b")
+_DOUBTED = re.compile(r"\b(?:it|this|that|answer) (?:might|may|could)(?: also| well)? be \$?-?\d", re.IGNORECASE)
 _CORRECTED = re.compile(
     r"\b(?:wait|actually|hold on|correction|on second thought|hmm+|oops)\b"
     r"|\blet me (?:re-?\w+|correct|check|double|think)\b",
@@ -207,7 +208,8 @@ def _phrase(phrase: str) -> str | None:
         return phrase if alternative else phrase[: aside.start()]  # `15 apples (3 * 5)`
     remark = _REMARK.search(phrase)
     if remark is not None and numbers_in(phrase[: remark.start()]) and is_direct(phrase[: remark.start()]):
-        return strip_edges(phrase[: remark.start()])  # `40, so each of her friends gets 2`
+        doubted = _DOUBTED.search(phrase, remark.end())  # `40, but it might be 41` states nothing
+        return phrase if doubted else strip_edges(phrase[: remark.start()])  # `40, so each of her friends gets 2`
     answer = stated_in_words(phrase) or behind_connective(without_condition(phrase))
     if answer is not None:
         return answer

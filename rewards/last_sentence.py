@@ -27,7 +27,7 @@ from rewards.phrases import (
 )
 
 _SENTENCES = re.compile(
-    r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!Dr\.)(?<!St\.)\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|\n+"
+    r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!Dr\.)(?<!St\.)(?<!vs\.)\s+(?=\S)|(?<=\$\$)\s+(?=[A-Z])|(?<=\\\])\s+(?=[A-Z])|(?<=[。！？])|(?<=[^\\\s$)\]}];)\s+(?=[A-Za-z]{2}|[\d(][^;\n]{1,99}=)|\n+"
 )
 _RESULT = re.compile(
     r"(?:=|≈|\\approx|\bequals)\s*\**\$?\s*(-?[\d,]*\d(?:\.\d+)?(?:/\d+)?)|```output\s*\n\s*(-?[\d,]*\d(?:\.\d+)?)\s*\n"
@@ -45,7 +45,7 @@ _REMARK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ASIDE = re.compile(
-    r"\s*\((?!\s*or\b)[^()]*\)(?=\W*\Z)|(?:,?\s+(?:since|because|given that|assuming)|,\s+where)\b.*\Z", re.DOTALL
+    r"\s*\((?!\s*or\b)[^()]*\)(?=[^\d()$]*\Z)|(?:,?\s+(?:since|because|given that|assuming)|,\s+where)\b.*\Z", re.DOTALL
 )
 _UNKNOWN = re.compile(
     r"\b(?:cannot|can't|can not|could not|not possible to) "
@@ -66,7 +66,9 @@ _APPROXIMATELY = re.compile(
 )
 _WHOLE = re.compile(r"\bof (?:the|these|those|all|its|his|her|their) \Z")  # `$3$ of these $10$ numbers`
 # `16 - 7 = 9, 9 * 2 = 18`: steps, of which the last counts.
-_STEPS = re.compile(r"\A(?:[\d\s.+*/()x×÷-]{1,99}=[\d\s.]{1,20},)+(?=[\d\s.+*/()x×÷-]+=)")
+_STEPS = re.compile(
+    r"\A(?:[\d\s.,+*/()x×÷-]{1,99}=\s?\$?[\d.,]{1,20}(?: [a-z]{1,20}){0,2}(?:[,;]| and)\s+)+(?=[\d\s.,+*/()x×÷-]+=)"
+)
 _CODE = re.compile(r"```(?!output)[a-z]*\n.*?(?:```|\Z)", re.DOTALL)
 
 
@@ -108,7 +110,8 @@ def _without_aside(sentence: str) -> str:
         return sentence
     before = numbers_in(sentence[: aside.start()])
     bracketed = aside.group().lstrip().startswith("(")
-    return sentence[: aside.start()] if before and (not bracketed or len(before) == 1) else sentence
+    tells = not bracketed or len(before) == 1 or len(numbers_in(aside.group())) > 1  # `(80 minutes vs. 50 minutes)`
+    return sentence[: aside.start()] if before and tells else sentence
 
 
 def _plain_numbers(text: str) -> str:

@@ -115,6 +115,10 @@ _MONEY_SCALES = {"k": "thousand", "m": "million", "b": "billion"}
 _MONEY_SCALE = re.compile(r"(\\?\$|[€£¥])\s?(\d[\d,.]*)\s?([kKMB])(?![a-zA-Z])")
 _TIMES_LETTER = re.compile(r"(?<=\d )x (?=\d)")
 _UNION_LETTER = re.compile(r"(?<=[)\]]) ?U ?(?=[(\[])")
+# `{-1} ∪ [0, 7)`: braces that are written as on paper.
+_PLAIN_SET = re.compile(
+    r"(?<![\\^_\w}])\{([-\d][-\d\s,./]{0,99})\}(?=\s*\\(?:cup|cap)(?![a-zA-Z]))|(?<=\\cup) ?\{([-\d][-\d\s,./]{0,99})\}"
+)
 _CLOCK = re.compile(r"(?<=\d)\s*(?:\\text\{\s*([ap])\.\s?m\.?\s*\}|([ap])\.\s?m\.?(?![a-z]))", re.IGNORECASE)
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,400})\*\*(?![\w(*])")
 _TO_RATIO = re.compile(r"\A(\d+) (?:to|:) (\d+)\Z")
@@ -241,6 +245,7 @@ def clean_math(text: str) -> str:
     text = _TO_RATIO.sub(r"\1:\2", strip_edges(" ".join(text.split())))
     text = _THOUSANDS_COMMA.sub(lambda match: match.group().replace(",", ""), text)
     text = _UNION_LETTER.sub(r" \\cup ", _TIMES_LETTER.sub(r"\\times ", text))
+    text = _PLAIN_SET.sub(lambda match: f" \\{{{match[1] or match[2]}\\}}", text)
     return _THOUSANDS_BLANK.sub(lambda match: match.group().replace(" ", ""), text)
 
 

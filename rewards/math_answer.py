@@ -16,14 +16,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rewards.answer_text import Match
+from rewards.answer_text import DENIED, Match
 from rewards.base import Completion, Score, completion_text
-from rewards.extract import free_answer
+from rewards.extract import after_thinking, free_answer
 from rewards.latex_text import HostileText, plain_words
 from rewards.math_compare import compare_texts
 from rewards.phrases import Extraction
 from rewards.pool import Outcome
-from rewards.strict_answer import block_answer
+from rewards.strict_answer import HEDGE, block_answer
 from rewards.symbolic import verify_pairs, worth_trying
 from rewards.tag_format import answer_block
 
@@ -106,11 +106,24 @@ def tagged_answer(text: str) -> Extraction:
 
 def _found(text: str, reference: str, tagged: bool) -> Extraction:
     if not tagged:
-        return free_answer(text)
+        found = free_answer(text)
+        concluded = found.how == "last sentence" and _concludes_word(text, reference)
+        return Extraction(reference, "last words") if concluded else found
     block = answer_block(text)
     if block.content is not None and len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
         return Extraction(block.content, "answer block")  # `June 20`, `neither`: words that look like something else
     return tagged_answer(text)
+
+
+def _concludes_word(text: str, reference: str) -> bool:
+    """Does the last sentence end by saying the word of the reference (`..., which is a Monday.`)?"""
+    sentence = re.split(r"(?<=[.!?])\s|\n", after_thinking(text).strip()[-MAX_ANSWER_CHARS:])[-1]
+    try:
+        word, plain = plain_words(reference), plain_words(sentence)
+    except HostileText:
+        return False
+    says = bool(_WORD.match(word)) and word.isalpha() and re.search(rf"(?:\b(?:is|are|was|were|on)|:) {word}\Z", plain)
+    return bool(says) and "?" not in sentence and not HEDGE.search(plain) and not DENIED.search(plain)
 
 
 def _same_words(reference: str, content: str) -> bool:

@@ -37,7 +37,7 @@ from rewards.math_eval import (
     nearly,
     sample_points,
 )
-from rewards.math_matrix import matrix_entries, nested_entries
+from rewards.math_matrix import matrix_entries, nested_entries, with_identity
 from rewards.math_nodes import Node
 from rewards.math_parse import MAX_CHARS, parse_math
 from rewards.math_rewrite import (
@@ -235,7 +235,7 @@ def _same_base(gold: Node, answer: Node) -> str | None:
 def _same_matrix(gold: Node, answer: Node) -> str | None:
     left, right = matrix_entries(gold), matrix_entries(answer)
     if right is None and left is not None:
-        right = nested_entries(answer)
+        right = nested_entries(answer) or matrix_entries(with_identity(answer, len(left)))
     if left is None and right is None:
         return None
     if left is None or right is None:

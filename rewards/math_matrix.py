@@ -5,7 +5,9 @@ In: a `Node`. Out: rows of entry trees, or None when the node is no matrix.
 
 from __future__ import annotations
 
-from rewards.math_nodes import Node
+from dataclasses import replace
+
+from rewards.math_nodes import Node, number_node
 
 MAX_MATRICES = 3
 MAX_SIDE = 8
@@ -38,6 +40,14 @@ def matrix_entries(node: Node) -> list[list[Node]] | None:
     if result is None or not scalars:
         return result
     return [[Node("mul", (*scalars, entry)) for entry in row] for row in result]
+
+
+def with_identity(node: Node, side: int) -> Node:
+    """`node` with the identity matrix of `side` rows for the symbol `I`: `-I` beside a 2 x 2 matrix."""
+    if node.kind == "symbol" and node.text == "I":
+        digits = [["1" if row == column else "0" for column in range(side)] for row in range(side)]
+        return Node("matrix", tuple(Node("list", tuple(map(number_node, row))) for row in digits))
+    return replace(node, args=tuple(with_identity(arg, side) for arg in node.args)) if node.args else node
 
 
 def nested_entries(node: Node) -> list[list[Node]] | None:

@@ -73,6 +73,7 @@ _PHRASE_END = re.compile(r"\n|(?<=[^\s(][^A-J])(?<!\bRs)\.(?=\s|\Z)|。")
 _CORRECTED = re.compile(r"\b(?:wait|actually|correction|oops)\b", re.IGNORECASE)
 _DOUBT = re.compile(r"\?|\.\.|…|\b(?:if|but|fails?|impossible|doubt|false|think|would|was)\b", re.IGNORECASE)
 _FORMULA = re.compile(r"[+*/^<>|~!¬&]|\\(?!text)[a-zA-Z]+|(?<!\S)-\s*[(\[]?[A-J](?![a-z])|(?<![A-Za-z])[A-J]-(?=\S)")
+_LIMIT = re.compile(r"\b(?:than|least|most|too|over|under|up to)\b", re.IGNORECASE)
 _NO_LETTER = "no option named"
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
@@ -124,7 +125,7 @@ def chosen_letter(text: str, options: Options, *, strict: bool) -> Extraction:
         return Extraction(letter, "whole text")
     found = _free_choice(plain, options)
     if found.answer is None and found.how == _NO_LETTER and (answer := free_answer(text).answer):
-        matching = _matching_options(answer, options)
+        matching = _matching_options(answer, options) or _quoted_options(plain, options)
         return Extraction(matching[0], "option text") if len(matching) == 1 else found
     return found
 
@@ -192,6 +193,17 @@ def _matching_options(text: str, options: Options) -> list[str]:
         letter
         for letter, option in options.texts.items()
         if option and matches[option].equal and (rules is None or matches[option].rule in rules)
+    ]
+
+
+def _quoted_options(text: str, options: Options) -> list[str]:
+    """Options of a number and its unit that the last line quotes (`It takes 5 hours to drive the 15 miles`)."""
+    line = text.rpartition("\n")[2]
+    if HEDGE.search(line) or _LIMIT.search(line):
+        return []
+    quantities = {letter: option for letter, option in options.texts.items() if re.fullmatch(r"\d+ [a-z]+", option)}
+    return [
+        letter for letter, option in quantities.items() if re.search(rf"(?<![\d.,-]){option}\b", line, re.IGNORECASE)
     ]
 
 

@@ -6,7 +6,7 @@ In: a `Node` such as `[-2, 7)`, `x < 3 or x > 5`, `\\mathbb{R}` or `(-\\infty, 0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards.math_eval import TooLarge, Undefined, context, evaluate, free_symbols, nearly
@@ -95,6 +95,8 @@ def _relation_pieces(node: Node) -> RealSet | None:
     signs = node.text.split()
     if signs == ["in"] and node.args[0].kind == "symbol":
         return _pieces(node.args[1])
+    if set(signs) <= _FLIPPED.keys():
+        node = replace(node, args=tuple(map(_variable, node.args)))
     names = free_symbols(node)
     if len(names) != 1:
         return None
@@ -106,6 +108,11 @@ def _relation_pieces(node: Node) -> RealSet | None:
             return None
         result = _intersection(result, solved)
     return result
+
+
+def _variable(node: Node) -> Node:
+    """`f(x)` between its bounds is the variable whose values are meant."""
+    return Node("symbol", (), node.text) if node.kind == "opaque" and node.text in ("f", "g", "h") else node
 
 
 def _solve(left: Node, sign: str, right: Node, name: str) -> RealSet | None:

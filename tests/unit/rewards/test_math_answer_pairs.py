@@ -60,10 +60,11 @@ SAME_INTERVALS = [
     ("[1,2]", r"x\in[1,2]"), (r"x<1 \text{ or } x>3", r"(-\infty,1)\cup(3,\infty)"),
     (r"(-\infty,1)\cup(3,\infty)", r"x<1 \text{ or } x>3"), (r"(-\infty,1)\cup(3,\infty)", "x<1, x>3"),
     ("x>2", "2<x"), (r"[0,2\pi)", r"0\le x<2\pi"), (r"(-5, \infty)", r"(-5,+\infty)"),
+    (r"\{-1\} \cup [0,7)", "{-1} ∪ [0, 7)"), (r"\{1,2\} \cup [3,7)", "[3, 7) ∪ {1, 2}"), ("[2,5]", r"2 \le f(x) \le 5"),
 ]  # fmt: skip
 DIFFERENT_INTERVALS = [
     ("(0,1)", "[0,1]"), (r"(1,2)\cup(3,4)", "(1,2)"), ("(1,2)", "(2,1)"), ("x>2", r"x\ge 2"), ("[2,2]", "2"),
-    (r"(-\infty, 5]", r"(-\infty, 5)"),
+    (r"(-\infty, 5]", r"(-\infty, 5)"), (r"\{-1\} \cup [0,7)", "{1} ∪ [0, 7)"), ("[2,5]", r"2 < f(x) \le 5"),
 ]  # fmt: skip
 SAME_COLLECTIONS = [
     ("(1,2)", "(1, 2)"), ("(1,2)", "1,2"), ("1,2", "(1,2)"), ("1,2", "2,1"), (r"\{1,2\}", "1,2"), ("1,2", r"\{2,1\}"),
@@ -85,9 +86,11 @@ SAME_MATRICES = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
     (r"\begin{pmatrix} 1/2 \\ 1 \end{pmatrix}", r"\begin{pmatrix} \frac12 \\ 1 \end{pmatrix}"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\frac12\begin{pmatrix} 2 \\ 4 \end{pmatrix}"),
+    (r"\begin{pmatrix}-1&0\\0&-1\end{pmatrix}", r"-\mathbf{I}"), (r"\begin{pmatrix}2&0\\0&2\end{pmatrix}", "2I"),
 ]  # fmt: skip
 DIFFERENT_MATRICES = [
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+    (r"\begin{pmatrix}-1&0\\0&-1\end{pmatrix}", "I"), (r"\begin{pmatrix}2&0&0\\0&2&0\end{pmatrix}", "2I"),
 ]  # fmt: skip
 SAME_WORDS = [
     (r"\text{east}", "East"), (r"\text{Monday}", "Monday."), (r"\text{(C)}", "C"), ("C", "(C)"), (r"\text{C}", "c"),
