@@ -65,7 +65,10 @@ class TorchStepper:
     def draw(
         self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return sampler(logits, seeds, steps)
+        native = self._decoder.native
+        if native is None or sampler.truncates:
+            return sampler(logits, seeds, steps)
+        return native.draw(logits, seeds, steps, sampler.temperature)
 
     def regroup(self, prompt_slots: list[int], prompt_lens: list[int]) -> None:
         rows = len(prompt_slots)
@@ -81,7 +84,7 @@ class TorchStepper:
         for longest in range(longest_own, longest_own + steps):
             plan = self._plans.plan(longest, masks=self._decoder.native is None)
             logits = self._decoder.logits(self._cache, state, plan)
-            tokens, logprobs = self._sampler(logits, state.seed[: logits.shape[0]], plan.own_len)
+            tokens, logprobs = self.draw(self._sampler, logits, state.seed[: logits.shape[0]], plan.own_len)
             state.record(plan.slot, tokens, logprobs)
 
 
@@ -91,6 +94,8 @@ class TorchDecoder:
     def __init__(self, policy: Any, *, positions: int) -> None:
         self.weights = build_decode_weights(policy, positions=positions)
         self.native = library.load() if step.takes(self.weights) else None
+        if self.native is not None:
+            step.pack(self.native, self.weights)
 
     def column_order(self) -> torch.Tensor:
         rank, device = self.weights.latent_rank, self.weights.turns.device

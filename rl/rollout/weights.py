@@ -5,7 +5,8 @@ the query and latent projections joined into one matrix, gate and up of dense ML
 projections W_UK and W_UV multiplied into their neighbours where the product is not much larger than its factors. In
 bf16 the absorption stays two steps, since rounding a product matrix would move the sampler away from the trainer.
 
-`DecodeWeights.derived_bytes` and `.build_s` state the cost; experts, embedding and output matrix are never copied.
+`DecodeWeights.derived_bytes` and `.build_s` state the cost. Embedding and output matrix are never copied, experts only
+for the C form of small policies on a CPU (`rl.rollout.native.step.pack`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class LayerWeights:
     router: Any = None
     expert_gate_up: torch.Tensor | None = None
     expert_down: torch.Tensor | None = None
+    # Packed for decode.c: joined, query and output; gate_up and down.
+    attention_panels: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
+    dense_panels: tuple[torch.Tensor, torch.Tensor] | None = None
+    expert_panels: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(slots=True)

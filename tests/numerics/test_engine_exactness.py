@@ -9,8 +9,9 @@ import torch
 from rl.policy.config import PolicyConfig, YarnScaling
 from rl.policy.model import Policy, init_policy
 from rl.rollout.engine import Engine
-from rl.rollout.native import library
+from rl.rollout.native import library, step
 from rl.rollout.sampling import Sampler, exponential_noise, row_keys, sampling_logprobs
+from rl.rollout.weights import build_decode_weights
 from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
 
 V3 = PolicyConfig(
@@ -36,6 +37,20 @@ V2 = PolicyConfig(
     n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=2, n_group=3, topk_group=2,
     topk_method="group_limited_greedy",
 )  # fmt: skip
+# Every matrix is whole panels wide (64 outputs), so that decode.c computes whole layers; with and without compressed
+# queries.
+PANELS = PolicyConfig(
+    vocab_size=40, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=24, q_lora_rank=32,
+    qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=24, intermediate_size=96, n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1, rope_theta=100.0,
+    initializer_range=0.15, n_group=4, topk_group=2, routed_scaling_factor=1.5,
+)  # fmt: skip
+PLAIN_QUERIES = PolicyConfig(
+    vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, kv_lora_rank=40, qk_rope_head_dim=24,
+    qk_nope_head_dim=40, v_head_dim=40, intermediate_size=64, n_routed_experts=5, num_experts_per_tok=2,
+    moe_intermediate_size=64, n_shared_experts=0, initializer_range=0.15, model_type="deepseek_v2",
+    topk_method="greedy",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, params=["native", "torch"])
@@ -47,7 +62,22 @@ def decode_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.skip("no C compiler that takes decode.c")
 
 
-CONFIGS = {"v3": V3, "wide": WIDE, "dense": DENSE, "v2": V2}
+CONFIGS = {"v3": V3, "wide": WIDE, "dense": DENSE, "v2": V2, "panels": PANELS, "plain queries": PLAIN_QUERIES}
+
+
+@pytest.mark.parametrize("config", [PANELS, PLAIN_QUERIES], ids=["panels", "plain queries"])
+def test_whole_layers_are_computed_in_c(config: PolicyConfig) -> None:
+    native = library.load()
+    if native is None or native.panels(torch.zeros(64, 1)) is None:
+        pytest.skip("plain torch, or no AVX-512")
+    weights = build_decode_weights(make_policy(config), positions=8)
+    before = weights.derived_bytes
+    with torch.no_grad():
+        step.pack(native, weights)
+    assert all(layer.attention_panels is not None for layer in weights.layers)
+    assert all((layer.dense_panels is None) == (layer.dense_gate_up is None) for layer in weights.layers)
+    assert all((layer.expert_panels is None) == (layer.router is None) for layer in weights.layers)
+    assert weights.derived_bytes > before
 
 
 def make_policy(config: PolicyConfig, seed: int = 0) -> Policy:
@@ -181,11 +211,12 @@ def test_a_completion_depends_on_weights_prompt_and_seed_only(how: str) -> None:
     assert len(set(lengths)) > 5, "rows must end at different times for this test to mean something"
 
 
+@pytest.mark.parametrize("config", [V3, PANELS], ids=["v3", "panels"])
 @pytest.mark.parametrize("how", COMPOSITIONS)
-def test_batch_invariant_logprobs_are_equal_bit_for_bit(how: str) -> None:
-    policy = make_policy(V3)
+def test_batch_invariant_logprobs_are_equal_bit_for_bit(how: str, config: PolicyConfig) -> None:
+    policy = make_policy(config)
     params = SamplingParams(max_completion_length=30, stop_token_ids=(3,))
-    requests = make_requests(V3, [5, 21, 1, 33, 8, 8], 4)
+    requests = make_requests(config, [5, 21, 1, 33, 8, 8], 4)
     expected = Engine(policy, cache_bytes=2**24, batch_invariant=True).generate(requests, params)
     options = {"cache_bytes": 2**24, **COMPOSITIONS[how], "batch_invariant": True}
     groups = Engine(policy, **options).generate(requests[::-1], params)  # type: ignore[arg-type]

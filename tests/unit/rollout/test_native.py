@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rl.policy.moe import experts_reference
+from rl.policy.config import PolicyConfig
+from rl.policy.moe import Router, experts_reference
 from rl.rollout import ops
 from rl.rollout.native import library
+from rl.rollout.sampling import Sampler
 
 native = library.load()
 pytestmark = pytest.mark.skipif(native is None, reason="no C compiler that takes decode.c")
@@ -107,6 +110,99 @@ def test_experts(rows: int, spread: str) -> None:
     parts = ops.rows_by_expert(hidden, down, offsets, choices=2 * rows, fewest=fewest)
     result = native.add_experts(x.clone(), parts, place, weights)
     torch.testing.assert_close(result, x + experts_reference(x, experts, weights, gate_up, down), rtol=1e-5, atol=1e-5)
+
+
+needs_panels = pytest.mark.skipif(native is None or not native._panel_width, reason="no AVX-512")
+
+
+@needs_panels
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
+def test_dense_mlp_in_panels(rows: int) -> None:
+    gate_up, down, x, residual = random(128, 20), random(64, 64), random(rows, 20), random(rows, 64)
+    wide = F.pad(x, (0, 44))  # 64 inputs and outputs
+    panels = native.panels(F.pad(gate_up, (0, 44))), native.panels(down)
+    expected = residual + ops.silu_mul(F.linear(x, gate_up)) @ down.t()
+    native.dense_mlp(residual, wide, *panels)
+    torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_panels
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("spread", ["random", "one expert"])
+def test_experts_in_panels(rows: int, spread: str) -> None:
+    gate_up, down, x, residual = random(6, 64, 64), random(6, 64, 32), random(rows, 64), random(rows, 64)
+    weights = torch.rand(rows, 2)
+    experts = torch.stack([torch.randperm(6)[:2] for _ in range(rows)])
+    if spread == "one expert":
+        experts = torch.tensor([5, 0]).repeat(rows, 1)
+    expected = residual + experts_reference(x, experts, weights, gate_up, down)
+    native.experts(residual, x, experts, weights, native.panels(gate_up), native.panels(down))
+    torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-3)  # sums of thousands
+
+
+@needs_panels
+def test_panels_are_whole_or_none() -> None:
+    width = native._panel_width
+    matrix = torch.arange(2.0 * width * 3).view(2 * width, 3)
+    packed = native.panels(matrix)
+    assert packed.shape == (2, 3, width) and packed[1, 2, 5] == matrix[width + 5, 2]
+    assert native.panels(matrix[:-1]) is None and native.panels(None) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+        {"n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+        {"model_type": "deepseek_v2", "topk_method": "greedy"},
+        {"model_type": "deepseek_v2", "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    ],
+)
+def test_route_is_the_router(changes: dict[str, Any]) -> None:
+    values = {
+        "vocab_size": 9, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "intermediate_size": 8, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    }  # fmt: skip
+    router = Router(PolicyConfig.from_dict({**values, **changes}))
+    with torch.no_grad():
+        router.weight.copy_(random(8, 24))
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.copy_(0.3 * random(8))
+        x = random(50, 24)
+        expected, expected_weights = router(x)
+        found, weights = native.route(x, router)
+    order, expected_order = found.argsort(-1), expected.argsort(-1)
+    assert torch.equal(found.gather(1, order), expected.gather(1, expected_order))
+    torch.testing.assert_close(weights.gather(1, order), expected_weights.gather(1, expected_order))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("vocab", [1, 5, 48, 3001])
+def test_draw_is_the_sampler(vocab: int, temperature: float) -> None:
+    logits = 4 * random(64, vocab)
+    logits[0, 1:] = float("-inf")
+    seeds, steps = torch.arange(64) * 7919 - 2**62, torch.arange(64) % 9
+    sampler = Sampler(temperature)
+    tokens, logprobs = sampler(logits, seeds, steps)
+    found, found_logprobs = native.draw(logits, seeds, steps, temperature)
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(found_logprobs, logprobs, rtol=1e-5, atol=2e-6)
+
+
+def test_draw_follows_the_distribution() -> None:
+    rows = 200_000
+    logits = torch.tensor([0.3, -2.0, 1.5, -9.0, float("-inf")])
+    found, _ = native.draw(logits.repeat(rows, 1), torch.arange(rows), torch.zeros(rows, dtype=torch.int64), 1.0)
+    share = torch.bincount(found, minlength=5) / rows
+    assert (share - logits.softmax(-1)).abs().max() < 4e-3  # more than three standard deviations
+
+
+def test_greedy_tells_logits_apart_that_differ_in_their_last_bit() -> None:
+    logits = torch.tensor([[1.0, 1.0000001, 0.5]])
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert native.draw(logits, zero, zero, 0.0)[0].item() == 1
 
 
 def test_without_a_compiler_there_is_none_and_a_warning(
