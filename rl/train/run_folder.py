@@ -81,7 +81,7 @@ def check_same_data(found: FoundCheckpoint | None, data: str, *, key: str) -> No
     these. What is found is known on rank 0; other ranks have nothing to check."""
     if found is None:
         return
-    saved = load_json(found.path / STATE_FILE)["data"]
+    saved = load_json(found.path / STATE_FILE).get("data")
     if saved != data:
         raise ValueError(
             f"{key}: its rows are not those that {found.path} was trained on (digest {data}, there {saved}): their "
