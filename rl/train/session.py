@@ -7,7 +7,7 @@ weights last, so that a mistake costs seconds.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,20 +36,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(slots=True)
 class Session:
     """A run's surroundings on this process. folder: where everything of the run is written. found: on rank 0, the
-    checkpoint to go on from, if there is one."""
+    checkpoint to go on from, if there is one. end_tokens: what ends a text or a turn, the tokenizer's end token and
+    those that the checkpoint names (read once: a checkpoint may be on the hub)."""
 
     recipe: Recipe
     folder: Path
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     found: FoundCheckpoint | None
+    end_tokens: tuple[int, ...] = field(init=False)
 
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        """What ends a text or a turn: the tokenizer's end token, and those that the checkpoint names."""
+    def __post_init__(self) -> None:
         own, name = self.tokenizer.eos_token_id, self.recipe.model.name_or_path
         assert own is not None, "load_tokenizer demands an end token"
-        return tuple(dict.fromkeys((int(own), *(checkpoint_end_tokens(name) if name is not None else ()))))
+        named = checkpoint_end_tokens(name) if name is not None else ()
+        self.end_tokens = tuple(dict.fromkeys((int(own), *named)))
 
     @property
     def decode(self) -> TextOf:
