@@ -199,10 +199,9 @@ class NativeDecode:
         return out
 
     def add_experts(
-        self, residual: torch.Tensor, parts: torch.Tensor, place: torch.Tensor | None, weights: torch.Tensor
+        self, residual: torch.Tensor, parts: torch.Tensor, place: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """residual (N, D) += sum_k weights[:, k] * parts[place[:, k]], in place; weights (N, K). Without `place`, parts
-        are in the order of the choices."""
+        """residual (N, D) += sum_k weights[:, k] * parts[place[:, k]], in place; weights (N, K)."""
         (rows, k), width = weights.shape, residual.shape[1]
         self._library.add_experts(
             _at(residual), _at(parts), _at(place, torch.int32), _at(weights), rows, k, width, torch.get_num_threads()

@@ -8,6 +8,8 @@ decide.
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,7 @@ def takes(weights: DecodeWeights) -> bool:
 
 def pack(native: NativeDecode, weights: DecodeWeights) -> None:
     """Have layers computed by decode.c as far as they are small and whole panels wide."""
+    started = time.perf_counter()
     for layer in weights.layers:
         matrices = (
             layer.joined, layer.query, layer.output, layer.dense_gate_up, layer.dense_down, layer.expert_gate_up,
@@ -44,6 +47,7 @@ def pack(native: NativeDecode, weights: DecodeWeights) -> None:
             layer.expert_panels = (gate_up, down)
         for panels in (layer.attention_panels, layer.dense_panels, layer.expert_panels):
             weights.derived_bytes += sum(part.nbytes for part in panels or () if part is not None)
+    weights.build_s += time.perf_counter() - started
 
 
 def hidden_states(
