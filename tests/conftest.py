@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # MKL reads this at its first call. Without it some processors choose another kernel for other row counts, and then
@@ -46,3 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.path.parent.name == "kernels" or item.path.name == "test_policy_kernels.py":
                 item.add_marker(old)
+
+
+@pytest.fixture
+def nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without bubblewrap whose kernel refuses namespaces."""
+    from rewards.sandbox import isolation_method
+
+    monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
+    monkeypatch.setattr("rewards.sandbox.isolation_problem", lambda method: "refused by the kernel")
+    isolation_method.cache_clear()
+    yield
+    isolation_method.cache_clear()

@@ -21,7 +21,6 @@ from rewards.sandbox import (
     Sandbox,
     SandboxLimits,
     SandboxUnavailable,
-    isolation_method,
     isolation_problem,
 )
 from rewards.sandbox_filter import filter_program
@@ -279,15 +278,10 @@ def test_works_for_an_ordinary_user(tmp_path: Path) -> None:
     assert "None" in done.stdout, done
 
 
-def test_refuses_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
-    monkeypatch.setattr("rewards.sandbox.isolation_problem", lambda method: "refused by the kernel")
-    isolation_method.cache_clear()
-    try:
-        with pytest.raises(SandboxUnavailable, match=r"apt-get install bubblewrap.*refused by the kernel"):
-            Sandbox()
-    finally:
-        isolation_method.cache_clear()
+@pytest.mark.usefixtures("nothing_isolates")
+def test_refuses_where_nothing_isolates() -> None:
+    with pytest.raises(SandboxUnavailable, match=r"apt-get install bubblewrap.*refused by the kernel"):
+        Sandbox()
 
 
 def test_the_probe_notices_a_sandbox_that_does_not_isolate(monkeypatch: pytest.MonkeyPatch) -> None:

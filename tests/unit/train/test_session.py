@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from rewards.sandbox import isolation_method
 from rl.config import Recipe, load_recipe
 from rl.data import ProblemSet, load_tokenizer
 from rl.policy.hf import save_any
@@ -67,18 +66,11 @@ def test_one_weight_at_least_is_not_zero() -> None:
     session.make_scorer(load_recipe(RECIPE, [none.replace("0.0", "1")])).close()
 
 
-def test_programs_are_refused_before_the_run_where_nothing_isolates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_isolates")
+def test_programs_are_refused_before_the_run_where_nothing_isolates() -> None:
     """With on_error: mask, the run would otherwise go on and mask every row."""
-    monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
-    monkeypatch.setattr("rewards.sandbox.isolation_problem", lambda method: "refused by the kernel")
-    isolation_method.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=r"reward function 'code': .*apt-get install bubblewrap"):
-            session.make_scorer(
-                load_recipe(RECIPE, ["--rewards.reward_funcs=[format, code]", "--rewards.on_error=mask"])
-            )
-    finally:
-        isolation_method.cache_clear()
+    with pytest.raises(ValueError, match=r"reward function 'code': .*apt-get install bubblewrap"):
+        session.make_scorer(load_recipe(RECIPE, ["--rewards.reward_funcs=[format, code]", "--rewards.on_error=mask"]))
 
 
 def load(*overrides: str) -> tuple[ProblemSet, ProblemSet | None]:
