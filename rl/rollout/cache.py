@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from rl.distributed import local_world_size
+from rl.rollout.arena import Zeros
 
 # Prompts are padded to a multiple of this, so that a row's own tokens meet the same vector lanes of the softmax
 # whatever the longest prompt beside it (bit-equal sums), and kernels get aligned rows.
@@ -134,11 +135,11 @@ def _file_cache(stat: Path) -> int:
 class LatentCache:
     """The two tensors and the three things done to them besides attention: store prompts, store a step, move rows."""
 
-    def __init__(self, shape: CacheShape, *, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: CacheShape, *, layers: int, width: int, dtype: torch.dtype, zeros: Zeros) -> None:
         self.shape = shape
         # Zeros, not empty: masked positions are multiplied by a probability of 0, and 0 * NaN would be NaN.
-        self.own = torch.zeros(layers, shape.slots, shape.own_tokens, width, dtype=dtype, device=device)
-        self.prompt = torch.zeros(layers, shape.prompt_slots, shape.prompt_tokens, width, dtype=dtype, device=device)
+        self.own = zeros((layers, shape.slots, shape.own_tokens, width), dtype)
+        self.prompt = zeros((layers, shape.prompt_slots, shape.prompt_tokens, width), dtype)
 
     @property
     def bytes(self) -> int:

@@ -6,18 +6,21 @@ nor looks between steps. Rows beyond the live ones, and rows that have ended, st
 and read no cache of their own. What a graph reads from the host's side (who shares a prompt) is a device table that
 `regroup` rewrites.
 
-Graphs belong to one rollout, since cache and state are given back after it; capturing one takes 10 to 30 ms. Kernels
-are compiled before the first capture of a size by a step in which every row stands still.
+Capturing a graph takes 10 to 40 ms. Cache and state are given back after a rollout; with an `Arena` the next one finds
+its tensors at the same addresses and replays the graphs that are there. Kernels are compiled before the first capture
+of a size by a step in which every row stands still.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
+from rl.rollout.arena import Arena, Zeros
 from rl.rollout.cache import LatentCache
 from rl.rollout.kernels.decoder import FusedDecoder, StepInputs, prompt_tiles
 from rl.rollout.kernels.rows import Rows, begin, finish
@@ -26,13 +29,25 @@ from rl.rollout.sampling import Sampler
 from rl.rollout.state import RowState
 from rl.rollout.transfer import to_device
 
+_log = logging.getLogger(__name__)
+
+
+_MOST_KINDS = 4  # kinds of rollouts whose graphs are kept: training, evaluation, and what they were before
+
 
 class GraphKeeper:
-    """What outlives a rollout: the memory pool that captured graphs draw their few temporaries from (an empty graph
-    holds it, so that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
+    """What outlives a rollout: the addresses of its tensors (`arena`; None where the driver cannot keep them), graphs
+    by all that is fixed in them, the memory pool that they draw their few temporaries from (an empty graph holds it, so
+    that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
 
     def __init__(self, device: torch.device) -> None:
         self.warmed: set[tuple[int, ...]] = set()
+        self.arena: Arena | None = None
+        try:
+            self.arena = Arena(device)
+        except RuntimeError as error:
+            _log.warning("CUDA graphs are captured anew in each rollout: %s", error)
+        self._graphs: dict[Hashable, dict[int, torch.cuda.CUDAGraph]] = {}
         self.stream = torch.cuda.Stream(device)  # one for all captures: the allocator's free blocks belong to a stream
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
@@ -41,10 +56,23 @@ class GraphKeeper:
             self._anchor.capture_end()
         self.pool = self._anchor.pool()
 
+    def graphs_for(self, policy: Any, sampler: Sampler) -> dict[int, torch.cuda.CUDAGraph]:
+        """By size of the batch; for a rollout all of whose tensors are made."""
+        if self.arena is None:
+            return {}
+        weights = tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
+        key = (self.arena.layout, weights, sampler if sampler.truncates else None)
+        graphs = self._graphs.pop(key, {})
+        self._graphs[key] = graphs  # last: the one used most recently
+        while len(self._graphs) > _MOST_KINDS:
+            del self._graphs[next(iter(self._graphs))]
+        return graphs
+
 
 class CudaStepper:
-    """keeper: see there. one_size: every step has as many rows as the state, however few are live. `capture_s`,
-    `warm_s`: time spent so far on capturing and on compiling."""
+    """keeper: see there. zeros: where memory comes from, as for cache and state, which are made before it. one_size:
+    every step has as many rows as the state, however few are live. `capture_s`, `warm_s`: time spent so far on
+    capturing and on compiling."""
 
     name = "triton"
 
@@ -57,15 +85,15 @@ class CudaStepper:
         *,
         positions: int,
         keeper: GraphKeeper,
+        zeros: Zeros,
         one_size: bool = False,
     ) -> None:
         self.cache, self.state, self.sampler = cache, state, sampler
-        self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions)
+        self.decoder = FusedDecoder(policy, max_rows=state.slots, positions=positions, zeros=zeros)
         self.derived_bytes, self.build_s = self.decoder.derived_bytes, self.decoder.build_s
         self.capture_s = self.warm_s = 0.0
-        device = state.device
         self._keeper, self._one_size = keeper, one_size
-        self._how = sampling_switches(sampler).to(device)
+        self._how = zeros((2,), torch.float32).copy_(to_device(sampling_switches(sampler), state.device, torch.float32))
         self._rows = Rows(
             token=state.token,
             own_len=state.own_len,
@@ -78,10 +106,10 @@ class CudaStepper:
             stops=state.stops,
             row_limit=state.row_limit,
         )
-        self._slots = torch.arange(state.slots, dtype=torch.int32, device=device)
-        self._indices = torch.zeros(5, state.slots, dtype=torch.int32, device=device)
-        self._tiles = torch.full((state.slots, self.decoder.rows_per_tile), -1, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._slots = torch.arange(state.slots, out=zeros((state.slots,), torch.int32))
+        self._indices = zeros((5, state.slots), torch.int32)
+        self._tiles = zeros((state.slots, self.decoder.rows_per_tile), torch.int32).fill_(-1)
+        self._graphs = keeper.graphs_for(policy, sampler)
         self._size = 0
 
     def column_order(self) -> None:

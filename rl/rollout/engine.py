@@ -19,12 +19,14 @@ most of them standing still where few are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from rl.rollout.arena import torch_zeros
 from rl.rollout.kernels import unsupported
 from rl.rollout.rollout import Rollout
 from rl.types import RolloutGroup, RolloutRequest, SamplingParams
@@ -80,6 +82,7 @@ class Engine:
         self.limit_of: Callable[[int, int], int] | None = None
         self.stats: dict[str, Any] = {}
         self._keeper: Any = None
+        self.longest_prompt = 0  # tokens, of any rollout so far
 
     @property
     def plain_because(self) -> str | None:
@@ -106,9 +109,12 @@ class Engine:
         check_requests(requests, params)
         if not requests:
             return []
-        rollout = Rollout(self, requests, params, on_group)
-        groups = rollout.run()
-        self.stats = rollout.stats()
+        arena = None if self.plain_because else self.graph_keeper().arena
+        with arena or contextlib.nullcontext():
+            zeros = torch_zeros(self.policy.lm_head.weight.device) if arena is None else arena.zeros
+            rollout = Rollout(self, requests, params, on_group, zeros)
+            groups = rollout.run()
+            self.stats = rollout.stats() | {"arena_bytes": 0 if arena is None else arena.bytes}
         return groups
 
 

@@ -3,11 +3,12 @@
 A turn of the loop: the scheduler takes ended rows out and says who comes, `_apply` queues it, `_decode` queues steps,
 `_take_ended` reads a look and hands completions out. With `look_behind` the look was taken before those steps, so a
 device works on them while the host reads. What the host must know meanwhile (`longest`, `shortest`) are bounds, counted
-up by the steps queued since.
+up by the steps queued since. There, the prompts of rows to come are prefilled beside the steps too (`_prefetch`).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rl.rollout import ops
+from rl.rollout.arena import Zeros
 from rl.rollout.cache import CacheShape, LatentCache, free_memory, plan_cache
 from rl.rollout.decode import Stepper, TorchStepper
 from rl.rollout.prefill import Prefill
 from rl.rollout.sampling import Sampler
-from rl.rollout.scheduler import Row, Scheduler, Turnover
+from rl.rollout.scheduler import Group, Row, Scheduler, Turnover
 from rl.rollout.state import FinishedRow, Look, RowState
 from rl.rollout.stop_strings import StopStrings
 from rl.rollout.transfer import Mark, aside, to_device
@@ -35,7 +37,12 @@ class Rollout:
     """Owns the cache and everything else that lives as long as the call. `run` once, then read `stats`."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[RolloutRequest], params: SamplingParams, on_group: OnGroup | None
+        self,
+        engine: Engine,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_group: OnGroup | None,
+        zeros: Zeros,
     ) -> None:
         self.started = time.perf_counter()
         self.engine, self.params, self.on_group = engine, params, on_group
@@ -58,7 +65,7 @@ class Rollout:
         shape = self._cache_shape(requests, longest_prompt, limit, routes_shape, routes_dtype)
         config, dtype = policy.config, policy.lm_head.weight.dtype
         self.cache = LatentCache(
-            shape, layers=config.num_hidden_layers, width=config.cache_width, dtype=dtype, device=self.device
+            shape, layers=config.num_hidden_layers, width=config.cache_width, dtype=dtype, zeros=zeros
         )
         self.state = RowState(
             shape.slots,
@@ -66,9 +73,9 @@ class Rollout:
             stop_token_ids=params.stop_token_ids,
             routes_shape=routes_shape,
             routes_dtype=routes_dtype,
-            device=self.device,
+            zeros=zeros,
         )
-        self.stepper = self._make_stepper(longest_prompt + limit)
+        self.stepper = self._make_stepper(shape.prompt_tokens + limit, zeros)
         self.prefill = Prefill(
             policy,
             self.cache,
@@ -84,23 +91,26 @@ class Rollout:
             prompt_slots=shape.prompt_slots,
             limit_of=lambda request, k: limit if drawn is None else min(drawn(request, k), limit),
             admit_at_least=max(1, shape.slots // 8),
+            ahead=max(1, shape.slots // 8) if engine.look_behind else 0,
         )
         self.prompt_routes: dict[int, torch.Tensor] = {}
         self.groups: list[RolloutGroup | None] = [None] * len(requests)
         self.tokens = self.kept_steps = self.steps = self.row_steps = self.max_rows = 0
         self.longest, self.shortest = 0, 1  # own tokens in the cache of the longest row; sampled tokens of the shortest
-        self.prefills: list[tuple[Mark, Mark]] = []
+        self.prefills: list[tuple[Mark, Mark, bool]] = []  # begin, end, whether rows waited for it
+        self.arriving: dict[int, Mark] = {}  # by prompt slot: when its prefill is done
         self.first_token_s = self.seconds = 0.0
+        self.made = Mark(self.device)
         self.set_up_s = time.perf_counter() - self.started
 
-    def _make_stepper(self, positions: int) -> Stepper:
+    def _make_stepper(self, positions: int, zeros: Zeros) -> Stepper:
         policy = self.engine.policy
         if self.engine.plain_because is None:
             from rl.rollout.cuda import CudaStepper  # imports triton
 
             return CudaStepper(
                 policy, self.cache, self.state, self.sampler, positions=positions, keeper=self.engine.graph_keeper(),
-                one_size=self.fixed_rows is not None,
+                zeros=zeros, one_size=self.fixed_rows is not None,
             )  # fmt: skip
         return TorchStepper(
             policy, self.cache, self.state, self.sampler, positions=positions, row_multiple=self.row_multiple
@@ -116,18 +126,25 @@ class Rollout:
     ) -> CacheShape:
         engine, config = self.engine, self.engine.policy.config
         element = engine.policy.lm_head.weight.element_size()
-        return plan_cache(
+        plan = functools.partial(
+            plan_cache,
             requests=len(requests),
             group=max(len(request.seeds) for request in requests),
             rows=self._most_rows(requests),
             own_tokens=limit,
-            prompt_tokens=longest_prompt,
             token_bytes=config.num_hidden_layers * config.cache_width * element,
             row_bytes=RowState.row_bytes(limit, routes_shape, routes_dtype),
             prompt_bytes=config.vocab_size * element,
             budget=engine.cache_bytes if engine.cache_bytes is not None else free_memory(self.device),
             row_multiple=self.row_multiple,
         )
+        shape = plan(prompt_tokens=longest_prompt)
+        if engine.plain_because is None and longest_prompt < engine.longest_prompt:
+            wide = plan(prompt_tokens=engine.longest_prompt)  # captured graphs want the same lengths each time
+            if (wide.slots, wide.prompt_slots) == (shape.slots, shape.prompt_slots):
+                return wide
+        engine.longest_prompt = max(engine.longest_prompt, longest_prompt)
+        return shape
 
     def _most_rows(self, requests: Sequence[RolloutRequest]) -> int:
         rows = sum(len(request.seeds) for request in requests)
@@ -152,7 +169,9 @@ class Rollout:
                 break
             if self.engine.look_behind:
                 look = Look(self.state, len(self.scheduler.rows))
-                ended = self._take_ended(look, steps_since=self._decode())
+                steps = self._decode()
+                self._prefill(self.scheduler.prefetch(), waited_for=False)
+                ended = self._take_ended(look, steps_since=steps)
             else:
                 self._decode()
                 ended = self._take_ended(Look(self.state, len(self.scheduler.rows)), steps_since=0)
@@ -167,11 +186,10 @@ class Rollout:
             source, target = to_device(turnover.moves, self.device, torch.int64).t()
             self.cache.move(source, target, self.longest + 1)
             self.state.move(source, target, self.longest + 1)
-        if turnover.new_prompts:
-            began = Mark(self.device)
-            self.prompt_routes |= self.prefill.run(turnover.new_prompts)
-            self.prefills.append((began, Mark(self.device)))
+        self._prefill(turnover.new_prompts, waited_for=True)
         if turnover.new_rows:
+            for slot in {row.prompt_slot for row in turnover.new_rows} & self.arriving.keys():
+                self.arriving.pop(slot).hold()
             slots = self.state.start(turnover.new_rows)
             logits = self.prefill.logits.index_select(0, self.state.prompt_slot[slots])
             first = torch.zeros_like(slots)
@@ -186,6 +204,19 @@ class Rollout:
             slots_of = [row.group.prompt_slot for row in rows]
             self.stepper.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in rows])
             self.max_rows = max(self.max_rows, len(rows))
+
+    def _prefill(self, groups: list[Group], *, waited_for: bool) -> None:
+        """Queue it beside the steps. It overwrites prompts of groups whose rows have all ended: steps that are still
+        under way may read those, but nothing of what comes of it is kept."""
+        if not groups:
+            return
+        with aside(self.device, "prefill"):
+            self.made.hold()
+            began = Mark(self.device)
+            self.prompt_routes |= self.prefill.run(groups)
+            done = Mark(self.device)
+        self.prefills.append((began, done, waited_for))
+        self.arriving |= {group.prompt_slot: done for group in groups if group.prompt_slot is not None}
 
     def _decode(self) -> int:
         """steps_per_look steps, or fewer where no row can take as many, without looking at what they drew -> how
@@ -208,7 +239,7 @@ class Rollout:
         self.longest = max(fed) + steps_since
         alive = (n for n, ended in zip(lengths, done, strict=True) if not ended)
         self.shortest = min(alive, default=self.state.limit) + steps_since
-        with aside(self.device):
+        with aside(self.device, "ended rows"):
             if self.stop_strings is not None:
                 self._cut_at_stop_strings(lengths)
             ended = [slot for slot, row in enumerate(rows) if done[slot] or row.cut is not None]
@@ -246,14 +277,14 @@ class Rollout:
 
     def stats(self) -> dict[str, Any]:
         """What `Engine.stats` says."""
-        prefill_s = sum(end.seconds_since(begin) for begin, end in self.prefills)
+        prefills = [(end.seconds_since(begin), waited_for) for begin, end, waited_for in self.prefills]
         return {
             "backend": self.stepper.name,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_s": self.tokens / self.seconds,
-            "prefill_s": prefill_s,
-            "decode_s": self.seconds - self.set_up_s - prefill_s,
+            "prefill_s": sum(seconds for seconds, _ in prefills),
+            "decode_s": self.seconds - self.set_up_s - sum(s for s, waited_for in prefills if waited_for),
             "first_token_s": self.first_token_s,
             "steps": self.steps,
             "max_batch": self.max_rows,

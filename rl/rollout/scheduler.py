@@ -1,7 +1,8 @@
 """Which rows run: waiting completions, the slots they take, and who moves when others end. Pure host logic, no tensors.
 
-A group is admitted row by row in the order of the requests; its prompt holds a prompt slot from its first row's start
-to its last row's end. Rows stay packed in slots 0 .. n-1: the hole that an ended row leaves is taken by a waiting
+A group is admitted row by row in the order of the requests; its prompt holds a prompt slot from its prefill to its last
+row's end. Prompts are prefilled when their rows start, or ahead of them (`prefetch`), so that a row which ends is
+followed at once. Rows stay packed in slots 0 .. n-1: the hole that an ended row leaves is taken by a waiting
 row, or else by the last row, so a step never computes more rows than are alive.
 """
 
@@ -18,7 +19,7 @@ from rl.types import Completion, RolloutRequest
 
 @dataclass(slots=True)
 class Group:
-    """One request on its way. prompt_slot is None before its first row starts and after its last row ended."""
+    """One request on its way. prompt_slot is None before its prefill and after its last row ended."""
 
     index: int
     request: RolloutRequest
@@ -65,7 +66,8 @@ class Turnover:
 class Scheduler:
     """`rows[r]` is the row in slot r. limit_of(request, k): most tokens of a completion. admit_at_least: free slots
     to wait for before prompts are prefilled while others run (a prefill of one prompt costs nearly as much as one of
-    several)."""
+    several). ahead: waiting rows whose prompts `prefetch` keeps prefilled, if prompt slots allow; other rows then start
+    only where nothing else runs."""
 
     def __init__(
         self,
@@ -75,10 +77,11 @@ class Scheduler:
         prompt_slots: int,
         limit_of: Callable[[int, int], int],
         admit_at_least: int = 1,
+        ahead: int = 0,
     ) -> None:
         self.groups = [Group(index, request) for index, request in enumerate(requests)]
         self.rows: list[Row] = []
-        self._slots, self._admit_at_least = slots, admit_at_least
+        self._slots, self._admit_at_least, self._ahead = slots, admit_at_least, ahead
         self._waiting = [Row(group, k, limit_of(group.index, k)) for group in self.groups for k in range(group.size)]
         self._next = 0
         self._free_prompt_slots = list(range(prompt_slots))
@@ -113,12 +116,33 @@ class Scheduler:
         self.rows = [row for row in kept if row is not None]
         return Turnover(len(ended), moves, new_prompts, new_rows)
 
+    def prefetch(self) -> list[Group]:
+        """Groups to prefill now, beside the rows that run: none while enough are ready, else twice as many as that."""
+        new_prompts: list[Group] = []
+        ready = self._num_ready()
+        if ready >= self._ahead:
+            return new_prompts
+        for row in self._waiting[self._next + ready :]:
+            if row.group.prompt_slot is None:
+                if ready >= 2 * self._ahead or not self._free_prompt_slots:
+                    break
+                row.group.prompt_slot = heapq.heappop(self._free_prompt_slots)
+                new_prompts.append(row.group)
+            ready += 1
+        return new_prompts
+
+    def _num_ready(self) -> int:
+        """How many of the next waiting rows have their prompt prefilled."""
+        waiting = enumerate(self._waiting[self._next :])
+        return next((i for i, row in waiting if row.group.prompt_slot is None), self.num_waiting)
+
     def _admit(self, kept: list[Row | None]) -> tuple[list[Group], list[RowSpec]]:
         """Waiting rows into the holes of `kept` and behind its end, as far as slots and prompt slots go."""
         holes = [slot for slot, row in enumerate(kept) if row is None]
         alive = len(kept) - len(holes)
         free = self._slots - alive
-        if alive and free < min(self._admit_at_least, self.num_waiting):
+        only_ready = self._ahead > 0 and (alive > 0 or self._num_ready() > 0)
+        if alive and not only_ready and free < min(self._admit_at_least, self.num_waiting):
             return [], []
         new_prompts: list[Group] = []
         new_rows: list[RowSpec] = []
@@ -126,7 +150,7 @@ class Scheduler:
             row = self._waiting[self._next]
             group = row.group
             if group.prompt_slot is None:
-                if not self._free_prompt_slots:
+                if only_ready or not self._free_prompt_slots:
                     break
                 group.prompt_slot = heapq.heappop(self._free_prompt_slots)
                 new_prompts.append(group)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rl.rollout.arena import Zeros
 from rl.rollout.cache import LENGTH_MULTIPLE, LatentCache
 from rl.rollout.ops import AttentionPlan
 from rl.rollout.transfer import Mark, to_device, to_host
@@ -40,7 +41,7 @@ class FinishedRow:
 
 class RowState:
     """slots: capacity. limit: most tokens any row may sample. routes_shape: (Lm, K) or None for a policy without
-    experts."""
+    experts. zeros: where the memory comes from."""
 
     def __init__(
         self,
@@ -50,24 +51,26 @@ class RowState:
         stop_token_ids: tuple[int, ...],
         routes_shape: tuple[int, int] | None,
         routes_dtype: torch.dtype,
-        device: torch.device,
+        zeros: Zeros,
     ) -> None:
         def integers() -> torch.Tensor:
-            return torch.zeros(slots, dtype=torch.int64, device=device)
+            return zeros((slots,), torch.int64)
 
-        self.slots, self.limit, self.device = slots, limit, device
-        self.rows = torch.arange(slots, device=device)
+        self.slots, self.limit = slots, limit
+        self.rows = torch.arange(slots, out=integers())
+        self.device = self.rows.device
         self.token = integers()  # last sampled, not yet fed
         self.own_len = integers()  # tokens fed so far: the row has sampled one more
         self.prompt_slot, self.prompt_len, self.seed, self.row_limit = (integers() for _ in range(4))
-        self.done = torch.ones(slots, dtype=torch.bool, device=device)
-        self.stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
+        self.done = zeros((slots,), torch.bool).fill_(True)
+        self.stops = zeros((len(stop_token_ids),), torch.int64)
+        self.stops.copy_(to_device(stop_token_ids, self.device, torch.int64))
         # One position more than a row can fill, for what finished rows write.
-        self.out_tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
-        self.out_logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
+        self.out_tokens = zeros((slots, limit + 1), torch.int64)
+        self.out_logprobs = zeros((slots, limit + 1), torch.float32)
         self.out_routes: torch.Tensor | None = None
         if routes_shape is not None:
-            self.out_routes = torch.zeros(slots, limit, *routes_shape, dtype=routes_dtype, device=device)
+            self.out_routes = zeros((slots, limit, *routes_shape), routes_dtype)
 
     @staticmethod
     def row_bytes(limit: int, routes_shape: tuple[int, int] | None, routes_dtype: torch.dtype) -> int:

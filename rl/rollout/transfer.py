@@ -48,6 +48,11 @@ class Mark:
         if self._event is not None:
             self._event.synchronize()
 
+    def hold(self) -> None:
+        """What is queued on the current stream from now on waits for the mark; the host does not."""
+        if self._event is not None:
+            self._event.wait()
+
     def seconds_since(self, earlier: Mark) -> float:
         """The device's time between the marks; both must have been reached."""
         if self._event is None or earlier._event is None:
@@ -55,13 +60,13 @@ class Mark:
         return earlier._event.elapsed_time(self._event) / 1e3
 
 
-def aside(device: torch.device) -> AbstractContextManager[Any]:
-    """Work queued in this context runs beside what is queued already, and does not wait for it. It may only read what
-    a waited-for mark vouches for."""
-    return torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+def aside(device: torch.device, purpose: str) -> AbstractContextManager[Any]:
+    """Work queued in this context runs beside what is queued elsewhere, and does not wait for it, in the order of its
+    `purpose`. It may only read what a mark vouches for."""
+    return torch.cuda.stream(_side_stream(device, purpose)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """One for the life of the process: the allocator keeps free blocks by stream."""
     return torch.cuda.Stream(device)

@@ -15,6 +15,7 @@ from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 if torch.cuda.is_available():
+    from rl.rollout.arena import Arena
     from rl.rollout.cuda import batch_rung
 
 
@@ -153,14 +154,50 @@ def test_looking_behind_changes_nothing_but_time(behind: bool, stops: dict) -> N
     assert len({len(tokens) for tokens in everything}) > 8  # rows end at different times, by limits and by stops
 
 
-def test_memory_does_not_grow_from_rollout_to_rollout() -> None:
-    engine = Engine(make_policy(torch.bfloat16))
-    held = []
-    for _ in range(4):
-        engine.generate(make_requests(RAGGED), SamplingParams(20))
+def test_graphs_outlive_a_rollout_and_its_memory_does_not() -> None:
+    policy = make_policy(torch.bfloat16)
+    engine = Engine(policy)
+    assert engine.graph_keeper().arena is not None
+    greedy, drawn = SamplingParams(20, temperature=0.0), SamplingParams(30, stop_token_ids=(3,))
+    expected = {params: tokens_of(Engine(policy).generate(make_requests(RAGGED), params)) for params in (greedy, drawn)}
+    free = []
+    for round_ in range(4):
+        for params in (greedy, drawn):
+            assert tokens_of(engine.generate(make_requests(RAGGED), params)) == expected[params]
+            assert engine.stats["arena_bytes"] > 0 and (engine.stats["capture_s"] == 0) == (round_ > 0)
         torch.cuda.synchronize()
-        held.append(torch.cuda.memory_reserved())
-    assert held[-1] == held[1]
+        free.append((torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()))
+    assert free[-1] == free[1]
+    engine.generate(make_requests([(5, 3), *RAGGED[1:]]), drawn)  # shorter prompts, the same lengths in the cache
+    assert engine.stats["capture_s"] == 0
+    policy.lm_head.weight.data = policy.lm_head.weight.data.flip(0).clone()
+    changed = tokens_of(engine.generate(make_requests(RAGGED), drawn))
+    assert engine.stats["capture_s"] > 0
+    assert changed != expected[drawn]
+    assert changed == tokens_of(Engine(policy).generate(make_requests(RAGGED), drawn))
+
+
+def test_an_arena_keeps_addresses_and_gives_memory_back() -> None:
+    arena = Arena(torch.device("cuda"))
+    seen = []
+    for _ in range(2):
+        free, _ = torch.cuda.mem_get_info()
+        with arena:
+            large = arena.zeros((3, 2**27), torch.bfloat16)
+            small = arena.zeros((5,), torch.int64)
+            empty = arena.zeros((0, 4), torch.float32)
+            assert empty.shape == (0, 4) and large.sum() == 0 and small.tolist() == [0] * 5
+            large.fill_(1.0)
+            small.copy_(torch.arange(5))
+            assert large[2, -1] == 1 and small.tolist() == [0, 1, 2, 3, 4] and arena.bytes >= 3 * 2**28
+            assert torch.cuda.mem_get_info()[0] <= free - 3 * 2**28
+            seen.append((large.data_ptr(), small.data_ptr(), arena.layout))
+        assert torch.cuda.mem_get_info()[0] == free
+    assert seen[0] == seen[1]
+    with pytest.raises(torch.OutOfMemoryError, match="bytes"), arena:
+        for _ in range(200):
+            arena.zeros((2**30,), torch.uint8)
+    assert torch.cuda.mem_get_info()[0] == free
 
 
 def test_ladder_by_hand() -> None:

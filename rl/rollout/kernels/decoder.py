@@ -7,8 +7,8 @@ token; the new tokens' cache rows and expert choices are written in place. Safe 
     merge_and_expand | o_proj | combine_norm | route | experts' gate_up | down
 
 The sum over a token's experts and the residual sum are part of the next `combine_norm`; products without a name are
-cuBLAS. The only weight-derived buffers are the joined projections (`derived_bytes`), rebuilt by `refresh` after each
-update; everything else is read where it lives.
+cuBLAS. The only weight-derived buffers are the joined projections (`derived_bytes`), built with the decoder, once a
+rollout; everything else is read where it lives.
 
 Tried on an H200 without gain: prompt attention on a second stream; prompt attention as two matrix products (scores,
 then values; 138 us against 136 for 256 rows and 4,096 tokens, slower for short prompts); programmatic dependent
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rl.rollout.arena import Zeros, torch_zeros
 from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
 from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts
@@ -64,9 +65,9 @@ class _Layer:
 
 class FusedDecoder:
     """policy: `rl.policy.model.Policy` on CUDA in bf16 or fp32. max_rows: largest N. positions: longest prompt +
-    completion."""
+    completion. zeros: where its memory comes from."""
 
-    def __init__(self, policy: Any, *, max_rows: int, positions: int) -> None:
+    def __init__(self, policy: Any, *, max_rows: int, positions: int, zeros: Zeros | None = None) -> None:
         self.policy, self.config = policy, policy.config
         self.max_rows = max_rows
         config = self.config
@@ -74,33 +75,21 @@ class FusedDecoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.rows_per_tile = rows_per_tile(config.num_attention_heads)
         cos, sin = policy.rotary.tables(torch.arange(positions, device=self.device))
-        self.tables = (cos.contiguous(), sin.contiguous())
-        self.layers: list[_Layer] = []
-        self.derived_bytes, self.build_s = 0, 0.0
+        self._zeros = zeros or torch_zeros(self.device)
+        self.tables = (self._zeros(cos.shape, cos.dtype).copy_(cos), self._zeros(sin.shape, sin.dtype).copy_(sin))
         self._allocate()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the parameters again (after an update, or a load). Buffers keep their addresses, so captured graphs stay
-        valid as long as the parameters themselves did not move."""
         started = time.perf_counter()
-        with torch.no_grad():
-            layers = [self._read_layer(i, layer) for i, layer in enumerate(self.policy.model.layers)]
-        self.layers = layers
-        self._addresses = self._read_addresses()
-        self.derived_bytes = sum(layer.joined.numel() * layer.joined.element_size() for layer in layers)
+        self.layers = [self._read_layer(layer) for layer in policy.model.layers]
+        self.derived_bytes = sum(layer.joined.numel() * layer.joined.element_size() for layer in self.layers)
         self.build_s = time.perf_counter() - started
 
-    def parameters_moved(self) -> bool:
-        """Whether a parameter has another address than at the last `refresh`: then graphs must be captured again."""
-        return self._addresses != self._read_addresses()
-
-    def _read_addresses(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for p in self.policy.parameters())
-
     def _allocate(self) -> None:
-        config, rows, empty = self.config, self.max_rows, self._empty
+        config, rows, zeros = self.config, self.max_rows, self._zeros
         width = config.hidden_size
+
+        def empty(*shape: int) -> torch.Tensor:
+            return zeros(shape, self.dtype)
+
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         self._hidden = empty(rows, width)
         self._logits = empty(rows, config.vocab_size)  # outside the graphs' pool, so it goes with the rollout
@@ -108,39 +97,36 @@ class FusedDecoder:
         self._mixed = empty(rows, heads * config.v_head_dim)
         most = max(n * (self._prompt_splits(n) + own_splits(n)) for n in range(1, rows + 1))
         self._partial = empty(most * heads * latent)
-        self._lse = torch.zeros(most * heads, dtype=torch.float32, device=self.device)
+        self._lse = zeros((most * heads,), torch.float32)
         self.counts: torch.Tensor | None = None
         dense, moe = config.intermediate_size, config.moe_layers
         if moe:
             experts, top_k, inner = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
             parts = top_k + config.n_shared_experts
-            self.counts = torch.zeros(len(moe), experts, dtype=torch.int32, device=self.device)
-            self._lists = torch.zeros(experts, rows, dtype=torch.int32, device=self.device)
-            self._router_scratch = router_scratch(rows, experts, self.device)
-            self._weights = torch.zeros(rows, top_k, dtype=torch.float32, device=self.device)
+            self.counts = zeros((len(moe), experts), torch.int32)
+            self._lists = zeros((experts, rows), torch.int32)
+            self._router_scratch = router_scratch(rows, experts, zeros)
+            self._weights = zeros((rows, top_k), torch.float32)
             self._act = empty(rows * parts, inner)
             dense = max(dense, config.n_shared_experts * inner)
             self._y = empty(rows * parts, width)
         self._dense_act = empty(rows * dense)
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
-
-    def _read_layer(self, index: int, layer: Any) -> _Layer:
+    @torch.no_grad()
+    def _read_layer(self, layer: Any) -> _Layer:
         attention = layer.self_attn
-        compressed = attention.compresses_queries
-        first = attention.q_a_proj if compressed else attention.q_proj
+        first = attention.q_a_proj if attention.compresses_queries else attention.q_proj
         latent = attention.kv_a_proj_with_mqa
-        if index < len(self.layers):
-            joined = self.layers[index].joined
-            joined[: first.weight.shape[0]].copy_(first.weight)
-            joined[first.weight.shape[0] :].copy_(latent.weight)
-        else:
-            joined = torch.cat((first.weight, latent.weight))
+        split, width = first.weight.shape
+        joined = self._zeros((split + latent.weight.shape[0], width), self.dtype)
+        joined[:split].copy_(first.weight)
+        joined[split:].copy_(latent.weight)
         bias = None
         if latent.bias is not None:
-            left = first.bias if first.bias is not None else latent.bias.new_zeros(first.weight.shape[0])
-            bias = torch.cat((left, latent.bias))
+            bias = self._zeros((joined.shape[0],), self.dtype)
+            if first.bias is not None:
+                bias[:split].copy_(first.bias)
+            bias[split:].copy_(latent.bias)
         return _Layer(layer, joined, bias)
 
     @torch.no_grad()

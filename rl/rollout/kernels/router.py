@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rl.rollout.arena import Zeros
 from rl.rollout.kernels.layout import cdiv
 
 _ROWS, _PARTS = 16, 4  # rows of a program, parts of D
@@ -139,11 +140,11 @@ def _router_kernel(
     tl.store(lists_ptr + chosen * list_stride + position, rows[:, None] * SLOTS + rank, mask=listed)
 
 
-def router_scratch(max_rows: int, experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def router_scratch(max_rows: int, experts: int, zeros: Zeros) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial scores and, for each block of rows, how many parts are done (0 between calls)."""
     padded = max(16, triton.next_power_of_2(experts))
-    partial = torch.empty(_PARTS * max_rows * padded, dtype=torch.float32, device=device)
-    return partial, torch.zeros(cdiv(max_rows, _ROWS), dtype=torch.int32, device=device)
+    partial = zeros((_PARTS * max_rows * padded,), torch.float32)
+    return partial, zeros((cdiv(max_rows, _ROWS),), torch.int32)
 
 
 def route(

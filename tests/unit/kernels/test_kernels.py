@@ -12,6 +12,7 @@ from rl.policy.config import PolicyConfig
 from rl.policy.moe import Router
 from rl.policy.rope import RotaryEmbedding, rotate
 from rl.rollout import sampling as torch_sampling
+from rl.rollout.arena import torch_zeros
 from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling
 from rl.rollout.kernels.decoder import prompt_tiles
 
@@ -249,7 +250,7 @@ def test_router(
     record = torch.full((rows, 3, 2, top_k), 255, dtype=torch.uint8, device=DEVICE)
     places = ints([n % 3 if n != 5 else -1 for n in range(rows)])
     slots = ints([rows - 1 - n for n in range(rows)])
-    scratch = router.router_scratch(rows + 5, experts, DEVICE)
+    scratch = router.router_scratch(rows + 5, experts, torch_zeros(DEVICE))
     for _ in range(2):  # twice: the scratch must be ready again
         counts.zero_()
         router.route(

@@ -10,12 +10,15 @@ from rl.policy.config import PolicyConfig
 from rl.policy.model import init_policy
 from rl.policy.moe import experts_reference
 from rl.rollout import ops
+from rl.rollout.arena import torch_zeros
 from rl.rollout.cache import CacheShape, LatentCache
 from rl.rollout.prefill import Prefill
 from rl.rollout.scheduler import Group
 from rl.rollout.state import PlanBuilder, RowSpec, RowState
 from rl.rollout.stop_strings import StopStrings
 from rl.types import Problem, RolloutRequest
+
+ZEROS = torch_zeros(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 64])
@@ -79,10 +82,10 @@ def test_attention_is_one_softmax_over_prompt_and_own(arrangement: str) -> None:
     rows, heads, rank, width = len(prompt_slots), 3, 6, 10
     generator = torch.Generator().manual_seed(0)
     cache = LatentCache(
-        CacheShape(8, 3, 50, 64), layers=1, width=width, dtype=torch.float32, device=torch.device("cpu")
+        CacheShape(8, 3, 50, 64), layers=1, width=width, dtype=torch.float32, zeros=ZEROS
     )
     state = RowState(
-        8, limit=50, stop_token_ids=(), routes_shape=None, routes_dtype=torch.uint8, device=torch.device("cpu")
+        8, limit=50, stop_token_ids=(), routes_shape=None, routes_dtype=torch.uint8, zeros=ZEROS
     )
     cache.own.normal_(generator=generator)
     cache.prompt.normal_(generator=generator)
@@ -106,7 +109,7 @@ def test_attention_is_one_softmax_over_prompt_and_own(arrangement: str) -> None:
 
 def test_rows_that_have_ended_stand_still() -> None:
     state = RowState(
-        3, limit=4, stop_token_ids=(9,), routes_shape=None, routes_dtype=torch.uint8, device=torch.device("cpu")
+        3, limit=4, stop_token_ids=(9,), routes_shape=None, routes_dtype=torch.uint8, zeros=ZEROS
     )
     state.start([RowSpec(r, 0, 1, 0, 4) for r in range(3)])
     drawn = [[5, 9, 1], [9, 7, 2], [8, 7, 3], [8, 7, 4], [8, 7, 5], [8, 7, 6]]
@@ -123,7 +126,7 @@ def test_a_rows_bytes_are_those_of_its_tensors(routes_shape: tuple[int, int] | N
     def held(slots: int) -> int:
         state = RowState(
             slots, limit=11, stop_token_ids=(), routes_shape=routes_shape, routes_dtype=torch.int16,
-            device=torch.device("cpu"),
+            zeros=ZEROS,
         )  # fmt: skip
         tensors = [
             t for name, t in vars(state).items() if isinstance(t, torch.Tensor) and name not in ("rows", "stops")
@@ -142,7 +145,7 @@ def test_prompts_are_packed_into_chunks_of_bounded_size() -> None:
     policy, packed = init_policy(config, seed=0), []
     lengths = [9, 3, 4, 2, 3, 12]
     groups = [Group(i, RolloutRequest(Problem("", "", (1,) * n), (0,)), prompt_slot=i) for i, n in enumerate(lengths)]
-    cache = LatentCache(CacheShape(1, 6, 1, 16), layers=1, width=6, dtype=torch.float32, device=torch.device("cpu"))
+    cache = LatentCache(CacheShape(1, 6, 1, 16), layers=1, width=6, dtype=torch.float32, zeros=ZEROS)
     policy.register_forward_hook(lambda module, inputs, output: packed.append(inputs[1].diff().tolist()))
     prefill = Prefill(policy, cache, column_order=None, chunk_tokens=8, routes_dtype=torch.uint8)
     with torch.no_grad():
