@@ -236,7 +236,7 @@ def describe(
         "warm_up_s": round(warm_up_s, 2), "busy_frac": round(run["busy_frac"], 3),
         "cache_bytes_per_token": config.num_hidden_layers * config.cache_width * element,
         "cache_bytes": run["cache_bytes"], "derived_bytes": run["derived_bytes"],
-        "derived_ms": round(1e3 * run["build_s"], 2), "peak_bytes": peak_memory(arguments),
+        "derived_ms": round(1e3 * run["build_s"], 2), "peak_bytes": peak_memory(arguments) + run["arena_bytes"],
         "weight_bytes_per_step": weight_bytes, "cache_bytes_per_step": cache_bytes,
         "copy_bytes_per_s": round(bandwidth), "bandwidth_limit_frac": round(limit_s / run["seconds"], 4),
     }  # fmt: skip

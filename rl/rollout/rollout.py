@@ -199,7 +199,7 @@ class Rollout:
             if not self.first_token_s and not self.engine.look_behind:
                 self.first_token_s = time.perf_counter() - self.started
         rows = self.scheduler.rows
-        self.state.done[len(rows) :] = True  # vacated slots must stand still if they pad a step
+        self.state.done[len(rows) :].fill_(True)  # vacated slots must stand still if they pad a step
         if rows and turnover.changed:
             slots_of = [row.group.prompt_slot for row in rows]
             self.stepper.regroup([slot or 0 for slot in slots_of], [len(row.group.prompt_ids) for row in rows])

@@ -83,8 +83,9 @@ class RowState:
         slots, *columns = to_device(table, self.device, torch.int64).t().contiguous()
         for tensor, column in zip((self.prompt_slot, self.prompt_len, self.seed, self.row_limit), columns, strict=True):
             tensor[slots] = column
-        self.own_len[slots] = -1  # `record` counts it up to 0: one token sampled, none fed
-        self.done[slots] = False
+        # Filled, not assigned by index: that would copy the number from the host, and wait for all that is queued.
+        self.own_len.index_fill_(0, slots, -1)  # `record` counts it up to 0: one token sampled, none fed
+        self.done.index_fill_(0, slots, False)
         return slots
 
     def record(self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:

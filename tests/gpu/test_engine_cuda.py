@@ -154,6 +154,17 @@ def test_looking_behind_changes_nothing_but_time(behind: bool, stops: dict) -> N
     assert len({len(tokens) for tokens in everything}) > 8  # rows end at different times, by limits and by stops
 
 
+def test_the_host_waits_at_looks_only() -> None:
+    engine = Engine(make_policy(torch.bfloat16), max_batch_size=9)
+    params = SamplingParams(40, stop_token_ids=tuple(range(0, 1000, 40)))
+    expected = tokens_of(engine.generate(make_requests(RAGGED), params))
+    torch.cuda.set_sync_debug_mode("error")  # for any other wait
+    try:
+        assert tokens_of(engine.generate(make_requests(RAGGED), params)) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_graphs_outlive_a_rollout_and_its_memory_does_not() -> None:
     policy = make_policy(torch.bfloat16)
     engine = Engine(policy)
@@ -197,7 +208,7 @@ def test_an_arena_keeps_addresses_and_gives_memory_back() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="bytes"), arena:
         for _ in range(200):
             arena.zeros((2**30,), torch.uint8)
-    assert torch.cuda.mem_get_info()[0] == free
+    assert torch.cuda.mem_get_info()[0] >= free
 
 
 def test_ladder_by_hand() -> None:
