@@ -23,6 +23,7 @@ import torch
 from rl.rollout.arena import Arena, Zeros
 from rl.rollout.cache import LatentCache
 from rl.rollout.kernels.decoder import FusedDecoder, StepInputs, prompt_tiles
+from rl.rollout.kernels.prefill import FusedPrefill
 from rl.rollout.kernels.rows import Rows, begin, finish
 from rl.rollout.kernels.sampling import draw, race
 from rl.rollout.sampling import Sampler
@@ -114,6 +115,9 @@ class CudaStepper:
 
     def column_order(self) -> None:
         """The kernels keep the policy's own order of cache columns."""
+
+    def lean_prefill(self, routes_dtype: torch.dtype) -> FusedPrefill:
+        return FusedPrefill(self.decoder, routes_dtype=routes_dtype)
 
     def draw(
         self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor

@@ -16,6 +16,7 @@ from rl.rollout import ops
 from rl.rollout.cache import LatentCache
 from rl.rollout.native import library, step
 from rl.rollout.ops import AttentionPlan
+from rl.rollout.prefill import LeanPrefill
 from rl.rollout.sampling import Sampler
 from rl.rollout.state import PlanBuilder, RowState
 from rl.rollout.weights import DecodeWeights, LayerWeights, build_decode_weights, halves_to_pairs
@@ -31,6 +32,9 @@ class Stepper(Protocol):
 
     def column_order(self) -> torch.Tensor | None:
         """How the columns of the policy's cache rows are reordered for this stepper's cache; None: as they are."""
+
+    def lean_prefill(self, routes_dtype: torch.dtype) -> LeanPrefill | None:
+        """A quicker way for few prompt tokens that returns experts' numbers as `routes_dtype`; None: there is none."""
 
     def draw(
         self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
@@ -61,6 +65,9 @@ class TorchStepper:
 
     def column_order(self) -> torch.Tensor:
         return self._decoder.column_order()
+
+    def lean_prefill(self, routes_dtype: torch.dtype) -> None:
+        """The policy's forward takes all prompts."""
 
     def draw(
         self, sampler: Sampler, logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor

@@ -83,6 +83,7 @@ class Rollout:
             chunk_tokens=engine.prefill_tokens,
             routes_dtype=routes_dtype,
             one_by_one=engine.batch_invariant,
+            lean=self.stepper.lean_prefill(routes_dtype),
         )
         drawn = engine.limit_of
         self.scheduler = Scheduler(

@@ -11,12 +11,13 @@ from rl.grpo.mismatch import logprob_mismatch
 from rl.policy.config import PolicyConfig
 from rl.policy.model import Policy, init_policy
 from rl.rollout.engine import Engine
+from rl.rollout.prefill import Prefill
 from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 if torch.cuda.is_available():
     from rl.rollout.arena import Arena
-    from rl.rollout.cuda import batch_rung
+    from rl.rollout.cuda import CudaStepper, batch_rung
 
 
 def make_policy(dtype: torch.dtype, **changes: object) -> Policy:
@@ -75,6 +76,27 @@ def test_fp32_tokens_equal_plain_torch(
             assert a.finish_reason == b.finish_reason
             if a.routes is not None and b.routes is not None:
                 assert torch.equal(a.routes.sort(-1).values, b.routes.sort(-1).values)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_lean_prefill_and_the_policys_forward_give_equal_tokens(
+    monkeypatch: pytest.MonkeyPatch, invariant: bool
+) -> None:
+    policy, params = make_policy(torch.float32, q_lora_rank=48, n_group=4, topk_group=2), SamplingParams(30)
+    large, forward = [], Prefill._policy_forward
+    monkeypatch.setattr(Prefill, "_policy_forward", lambda *args: large.append(1) or forward(*args))
+    found = Engine(policy, max_batch_size=24, batch_invariant=invariant).generate(make_requests(RAGGED), params)
+    assert not large
+    monkeypatch.setattr(CudaStepper, "lean_prefill", lambda self, routes_dtype: None)
+    expected = Engine(policy, max_batch_size=24, batch_invariant=invariant).generate(make_requests(RAGGED), params)
+    assert large
+    assert tokens_of(found) == tokens_of(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.prompt_routes is not None and other.prompt_routes is not None
+        assert one.prompt_routes.dtype == other.prompt_routes.dtype
+        assert torch.equal(one.prompt_routes.sort(-1).values, other.prompt_routes.sort(-1).values)
+        for a, b in zip(one.completions, other.completions, strict=True):
+            assert (a.logprobs - b.logprobs).abs().max() < 1e-4
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "rl.policy.weights": {"rl.policy", "torch", "safetensors", "huggingface_hub", "transformers"},
     "rl.policy.hf": {"rl.policy", "rl.policy.weights", "torch", "transformers", "huggingface_hub"},
     "rl.policy.kernels": {"rl.policy", "torch", "triton"},
-    "rl.rollout": {"rl.policy", "rl.types", "rl.distributed", "torch", "triton", "transformers", "psutil"},
+    "rl.rollout": {
+        "rl.policy", "rl.policy.kernels", "rl.types", "rl.distributed", "torch", "triton", "transformers", "psutil",
+    },
     "rl.train": {
         "rl.config", "rl.data", "rl.distributed", "rl.grpo", "rl.policy", "rl.policy.weights", "rl.policy.hf",
         "rl.rollout", "rl.types", "rewards", "torch", "numpy", "transformers", "safetensors", "matplotlib", "tqdm",

@@ -21,7 +21,7 @@ filled it does not show in the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rl.rollout.kernels.layout import cdiv, dot_precision
+from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,14 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One layer's matrices, all views of the policy's parameters: gate_up (E, 2I, D), down (E, D, I); of the shared
-    experts gate and up (S*I, D) and down (D, S*I), or None."""
+    experts gate and up (S*I, D) and down (D, S*I), or None. Descriptors are kept for who launches with it again."""
 
     gate_up: torch.Tensor
     down: torch.Tensor
     shared_gate: torch.Tensor | None = None
     shared_up: torch.Tensor | None = None
     shared_down: torch.Tensor | None = None
+    _made: dict[tuple[str, int, int], TensorDescriptor | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, moe: Any) -> ExpertWeights:
@@ -73,6 +74,13 @@ class ExpertWeights:
     def parts(self) -> int:
         """S, how many routed experts wide the shared one is."""
         return 0 if self.shared_gate is None else self.shared_gate.shape[0] // self.down.shape[2]
+
+    def blocks(self, name: str, tile: Tile) -> TensorDescriptor | None:
+        """The matrix of that name in blocks of `tile`, made once (5 us of the host; a layer has five)."""
+        key = (name, tile.out, tile.depth)
+        if key not in self._made:
+            self._made[key] = _blocks(getattr(self, name), tile)
+        return self._made[key]
 
 
 @triton.jit
@@ -275,16 +283,16 @@ def grouped_experts(
     first, second = tiles or default_tiles(num_rows * top_k / num_experts, x.dtype)
     common = {
         "D": width, "WIDTH": inner, "NUM_EXPERTS": num_experts, "TOP_K": top_k, "PARTS": experts.parts,
-        "EXPERTS_POW2": triton.next_power_of_2(num_experts + 1), "PRECISION": dot_precision(x.dtype),
+        "EXPERTS_POW2": next_power_of_2(num_experts + 1), "PRECISION": dot_precision(x.dtype),
     }  # fmt: skip
     _gate_up_kernel[(_most_tiles(num_rows, top_k, experts, first.rows) * cdiv(inner, first.out),)](
-        x, _blocks(experts.gate_up, first), _blocks(experts.shared_gate, first), _blocks(experts.shared_up, first),
+        x, experts.blocks("gate_up", first), experts.blocks("shared_gate", first), experts.blocks("shared_up", first),
         weights, act, counts, lists, num_rows, lists.stride(0), **common,
         BLOCK_M=first.rows, BLOCK_N=first.out, BLOCK_K=first.depth,
         num_warps=first.warps, num_stages=first.stages, maxnreg=first.registers,
     )  # fmt: skip
     _down_kernel[(_most_tiles(num_rows, top_k, experts, second.rows) * cdiv(width, second.out),)](
-        act, _blocks(experts.down, second), _blocks(experts.shared_down, second), out, counts, lists, num_rows,
+        act, experts.blocks("down", second), experts.blocks("shared_down", second), out, counts, lists, num_rows,
         lists.stride(0), **common,
         BLOCK_M=second.rows, BLOCK_N=second.out, BLOCK_K=second.depth,
         num_warps=second.warps, num_stages=second.stages,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rl.rollout.kernels.layout import next_power_of_2
+
 
 @triton.jit
 def _combine_norm_kernel(
@@ -54,7 +56,7 @@ def combine_norm(
     """x: (N, D), updated in place; parts: (N, P, D) contiguous and extra: (N, D), or None for none -> out (N, D)."""
     num_rows, width = x.shape
     _combine_norm_kernel[(num_rows,)](
-        x, parts, extra, weight, out, eps, D=width, D_POW2=triton.next_power_of_2(width),
+        x, parts, extra, weight, out, eps, D=width, D_POW2=next_power_of_2(width),
         PARTS=0 if parts is None else parts.shape[1], num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
     return out

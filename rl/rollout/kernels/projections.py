@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv, dot_precision
+from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -207,14 +207,14 @@ def absorb(
     v = kv_b.shape[0] // heads - nope
     exact = q.dtype == torch.float32
     block = 64 if num_rows >= 128 and not exact else 16
-    block_c = max(16, min(triton.next_power_of_2(c), 32 if exact else 256 if block == 64 else 128))
+    block_c = max(16, min(next_power_of_2(c), 32 if exact else 256 if block == 64 else 128))
     cache_rows = 4
     grid = (cdiv(num_rows, cache_rows) + cdiv(num_rows, block) * heads * (cdiv(c, block_c) + 1),)
     _absorb_kernel[grid](
         q, kv, kv_b, kv_norm, tables[0], tables[1], positions, slots, places, out, cache,
         num_rows, q.stride(0), kv.stride(0), cache.stride(0), eps,
-        HEADS=heads, NOPE=nope, NOPE_POW2=max(16, triton.next_power_of_2(nope)), V=v, C=c, R=r,
-        C_POW2=triton.next_power_of_2(c), HALF_POW2=triton.next_power_of_2(r // 2), INTERLEAVE=interleave,
+        HEADS=heads, NOPE=nope, NOPE_POW2=max(16, next_power_of_2(nope)), V=v, C=c, R=r,
+        C_POW2=next_power_of_2(c), HALF_POW2=next_power_of_2(r // 2), INTERLEAVE=interleave,
         BLOCK_M=block, BLOCK_C=block_c, CACHE_ROWS=cache_rows, PRECISION=dot_precision(q.dtype),
         num_warps=8 if block == 64 else 4, num_stages=1,
     )  # fmt: skip
@@ -232,9 +232,9 @@ def merge_and_expand(
     block = 64 if num_rows >= 512 and not exact else 16  # taller blocks read W_UV less often
     _merge_kernel[(cdiv(num_rows, block), heads)](
         partial, lse, kv_b, out, num_rows,
-        SPLITS=splits, SPLITS_POW2=triton.next_power_of_2(splits), HEADS=heads, NOPE=nope,
-        V=v, V_POW2=max(16, triton.next_power_of_2(v)), C=c,
-        BLOCK_M=block, BLOCK_C=max(16, min(triton.next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
+        SPLITS=splits, SPLITS_POW2=next_power_of_2(splits), HEADS=heads, NOPE=nope,
+        V=v, V_POW2=max(16, next_power_of_2(v)), C=c,
+        BLOCK_M=block, BLOCK_C=max(16, min(next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
         PRECISION=dot_precision(partial.dtype), num_warps=8 if block == 64 else 4, num_stages=2,
     )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from rl.rollout.arena import Zeros
-from rl.rollout.kernels.layout import cdiv
+from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
 _ROWS, _PARTS = 16, 4  # rows of a program, parts of D
 
@@ -142,7 +142,7 @@ def _router_kernel(
 
 def router_scratch(max_rows: int, experts: int, zeros: Zeros) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial scores and, for each block of rows, how many parts are done (0 between calls)."""
-    padded = max(16, triton.next_power_of_2(experts))
+    padded = max(16, next_power_of_2(experts))
     partial = zeros((_PARTS * max_rows * padded,), torch.float32)
     return partial, zeros((cdiv(max_rows, _ROWS),), torch.int32)
 
@@ -171,8 +171,8 @@ def route(
     _router_kernel[(cdiv(num_rows, _ROWS), _PARTS)](
         h, router.weight, router.e_score_correction_bias, weights, counts, lists, record, slots, places,
         partial, tickets, num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
-        D=width, EXPERTS=experts, EXPERTS_POW2=max(16, triton.next_power_of_2(experts)),
-        TOP_K=top_k, TOP_K_POW2=triton.next_power_of_2(top_k), SLOTS=top_k + num_shared,
+        D=width, EXPERTS=experts, EXPERTS_POW2=max(16, next_power_of_2(experts)),
+        TOP_K=top_k, TOP_K_POW2=next_power_of_2(top_k), SLOTS=top_k + num_shared,
         GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
         PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32",

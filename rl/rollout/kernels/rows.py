@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv
+from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,6 @@ def finish(rows: Rows, floats: torch.Tensor, winners: torch.Tensor) -> None:
         floats[0], winners, floats[1], floats[2], floats[3], rows.token, rows.own_len, rows.done.view(torch.int8),
         rows.out_tokens, rows.out_logprobs, rows.stops, rows.row_limit,
         rows.out_tokens.shape[1] - 1, rows.stops.numel(),
-        CHUNKS=chunks, CHUNKS_POW2=triton.next_power_of_2(chunks),
-        STOPS_POW2=triton.next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1,
+        CHUNKS=chunks, CHUNKS_POW2=next_power_of_2(chunks),
+        STOPS_POW2=next_power_of_2(max(rows.stops.numel(), 1)), num_warps=1,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl.rollout.kernels.layout import cdiv
+from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
 _BLOCK = 1024
 _CHUNK = 8 * _BLOCK
@@ -156,6 +156,6 @@ def draw(
     chunks = winners.shape[1]
     _finish_kernel[(num_rows,)](
         floats[0], winners, floats[1], floats[2], floats[3], tokens, logprobs,
-        CHUNKS=chunks, POW2=triton.next_power_of_2(chunks), num_warps=1,
+        CHUNKS=chunks, POW2=next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
     return tokens, logprobs
