@@ -83,7 +83,8 @@ def test_grouped_experts(
         for k, expert in enumerate(routes[n].tolist()):
             lists[expert, counts[expert]] = n * slots + k
             counts[expert] += 1
-    for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2))]:
+    shares = moe.Tile(16, 32, 32, 4, 2, programs=3), moe.Tile(16, 32, 32, 4, 2, programs=5, overlap=True)
+    for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2)), shares]:
         act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
         moe.grouped_experts(
             x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile
