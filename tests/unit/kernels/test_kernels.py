@@ -273,6 +273,8 @@ def test_router(
 def test_draw_equals_torch(vocab: int) -> None:
     rows = 6
     logits = drawn(rows, vocab, scale=3.0)
+    logits[2, : vocab - 2] = -math.inf  # whole chunks without a candidate
+    logits[3] = logits[3, 0].clone()  # the noise alone decides; without noise the first of equals
     seeds = torch.tensor([0, -1, 5, 2**62, -(2**63), 12345], device=DEVICE)
     steps = torch.tensor([0, 1, 2, 3, 10**6, 7], device=DEVICE)
     for temperature in (0.0, 1.0, 0.7):
