@@ -8,11 +8,23 @@ interleaved or halves layout into halves, as `rl.policy.rope.rotate`, with the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """rows: tokens of a program (BLOCK_M). latent: latent columns at a time (BLOCK_C)."""
+
+    rows: int
+    latent: int
+    warps: int
+    stages: int
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -197,6 +209,7 @@ def absorb(
     interleave: bool,
     eps: float,
     out: torch.Tensor,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """q: (N, H * (nope + R)) and kv: (N, C + R), rows may be strided (both may be columns of one product). kv_b:
     (H * (nope + v), C); tables: cos and sin (positions, R/2) float32; cache: (slots, T, C + R), of which row
@@ -205,9 +218,8 @@ def absorb(
     c = kv_b.shape[1]
     r = width - c
     v = kv_b.shape[0] // heads - nope
-    exact = q.dtype == torch.float32
-    block = 64 if num_rows >= 128 and not exact else 16
-    block_c = max(16, min(next_power_of_2(c), 32 if exact else 256 if block == 64 else 128))
+    tile = tile or absorb_tile(num_rows, q.dtype)
+    block, block_c = tile.rows, max(16, min(next_power_of_2(c), tile.latent))
     cache_rows = 4
     grid = (cdiv(num_rows, cache_rows) + cdiv(num_rows, block) * heads * (cdiv(c, block_c) + 1),)
     _absorb_kernel[grid](
@@ -216,25 +228,44 @@ def absorb(
         HEADS=heads, NOPE=nope, NOPE_POW2=max(16, next_power_of_2(nope)), V=v, C=c, R=r,
         C_POW2=next_power_of_2(c), HALF_POW2=next_power_of_2(r // 2), INTERLEAVE=interleave,
         BLOCK_M=block, BLOCK_C=block_c, CACHE_ROWS=cache_rows, PRECISION=dot_precision(q.dtype),
-        num_warps=8 if block == 64 else 4, num_stages=1,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
 def merge_and_expand(
-    partial: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, *, nope: int, out: torch.Tensor
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    kv_b: torch.Tensor,
+    *,
+    nope: int,
+    out: torch.Tensor,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """partial: (N, S, H, C), lse: (N, S, H) float32 (-inf: skip), kv_b: (H * (nope + v), C) -> out (N, H * v). A row
     without any cached token gives zeros."""
     num_rows, splits, heads, c = partial.shape
     v = kv_b.shape[0] // heads - nope
-    exact = partial.dtype == torch.float32
-    block = 64 if num_rows >= 512 and not exact else 16  # taller blocks read W_UV less often
-    _merge_kernel[(cdiv(num_rows, block), heads)](
+    tile = tile or merge_tile(num_rows, partial.dtype)
+    _merge_kernel[(cdiv(num_rows, tile.rows), heads)](
         partial, lse, kv_b, out, num_rows,
         SPLITS=splits, SPLITS_POW2=next_power_of_2(splits), HEADS=heads, NOPE=nope,
         V=v, V_POW2=max(16, next_power_of_2(v)), C=c,
-        BLOCK_M=block, BLOCK_C=max(16, min(next_power_of_2(c), 32 if exact else 64 if block == 64 else 128)),
-        PRECISION=dot_precision(partial.dtype), num_warps=8 if block == 64 else 4, num_stages=2,
+        BLOCK_M=tile.rows, BLOCK_C=max(16, min(next_power_of_2(c), tile.latent)),
+        PRECISION=dot_precision(partial.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def absorb_tile(num_rows: int, dtype: torch.dtype) -> Tile:
+    """The measured best of the first half."""
+    if dtype == torch.float32:
+        return Tile(16, 32, 4, 1)
+    return Tile(64, 256, 8, 1) if num_rows >= 128 else Tile(16, 128, 4, 1)
+
+
+def merge_tile(num_rows: int, dtype: torch.dtype) -> Tile:
+    """The measured best of the second half; taller blocks read W_UV less often."""
+    if dtype == torch.float32:
+        return Tile(16, 32, 4, 2)
+    return Tile(64, 64, 8, 2) if num_rows >= 512 else Tile(16, 128, 4, 2)

@@ -14,8 +14,7 @@ import triton.language as tl
 
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
-_BLOCK = 1024
-_CHUNK = 8 * _BLOCK
+_LANES, _FOLDS, _CHUNK, _WARPS = 32, 2, 8192, 1  # 8 * _FOLDS ids of a lane at a time; ids of a program
 
 
 @triton.jit
@@ -27,23 +26,31 @@ def _mix(x):
 
 
 @triton.jit
-def _log(x, FAST: tl.constexpr):
-    """ln x; FAST: the special-function unit's log2, good to 2^-22 near 1 and far better than the draw needs."""
+def _log2(x, FAST: tl.constexpr):
+    """FAST: the special-function unit's, good to 2^-22 near 1 and far better than the draw needs."""
     if FAST:
-        log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        result = log2 * 0.6931471805599453
+        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
-        result = tl.log(x)
+        result = tl.log2(x)
     return result
 
 
 @triton.jit
-def _exponential(key, ids, FAST: tl.constexpr):
+def _exp2(x, FAST: tl.constexpr):
+    """FAST: without the three more instructions that would keep results under 2^-126."""
+    if FAST:
+        result = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        result = tl.exp2(x)
+    return result
+
+
+@triton.jit
+def _exponential(bits, FAST: tl.constexpr):
     """Exp(1) draws: -log(1 - u), u = (32 bits + 1/2) / 2^32; by its series where u is small, which keeps all bits."""
-    bits = (_mix(key + (ids + 1).to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(tl.uint32)
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * (0.25 + u * 0.2))))
-    return tl.where(u < 0.02, series, -_log(1.0 - u, FAST))
+    return tl.where(u < 0.02, series, -0.6931471805599453 * _log2(1.0 - u, FAST))
 
 
 @triton.jit
@@ -60,50 +67,73 @@ def _race_kernel(
     vocab,
     stride,
     step_offset,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLDS: tl.constexpr,
     CHUNK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One row's ids of one chunk: the best score with its id and logit, and max and sum of the exponentials."""
+    """One row's ids of one chunk: the best score with its id and logit, and max and sum of the exponentials.
+
+    An id can win only if its draw e < exp(value - best). As e >= u, u is compared first, with the exponential that the
+    sum needs anyway; only a block of ids that holds such a candidate (after n blocks every n-th) takes logarithms."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     inverse = tl.load(how_ptr)
     noisy = tl.load(how_ptr + 1)
-    golden = 0x9E3779B97F4A7C15
+    golden: tl.constexpr = 0x9E3779B97F4A7C15
+    log2e: tl.constexpr = 1.4426950408889634
     seed = tl.load(seeds_ptr + row).to(tl.uint64)
     step = (tl.load(steps_ptr + row) + step_offset).to(tl.uint64)
     key = _mix(_mix(seed + golden) + step * golden)
 
-    lane = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    token = tl.zeros((BLOCK,), tl.int32)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    logit = tl.zeros((BLOCK,), tl.float32)
+    BLOCK: tl.constexpr = FOLDS * LANES * 8
+    hop: tl.constexpr = (BLOCK * golden) & 0xFFFFFFFFFFFFFFFF
+    shape: tl.constexpr = [LANES, FOLDS, 8]
+    lane, fold = tl.arange(0, LANES)[:, None, None], tl.arange(0, FOLDS)[None, :, None]
+    one = tl.arange(0, 8)[None, None, :]
+    group = fold * (LANES * 8) + lane * 8
+    ids = chunk * CHUNK + tl.broadcast_to(group + one, shape)
+    noise = key + (chunk * CHUNK + group + 1).to(tl.uint64) * golden
+    ahead = one.to(tl.uint64) * golden
+    certain = tl.where(noisy == 0.0, 0xFFFFFFFF, 0).to(tl.uint32)  # without noise u = 1
+    scale = inverse * log2e
+    best = float("-inf")
+    token = 0
+    logit = float("-inf")
+    top = tl.full((LANES,), -1e38, tl.float32)  # in units of ln 2
+    total = tl.zeros((LANES,), tl.float32)
     line = logits_ptr + row.to(tl.int64) * stride
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocab), BLOCK):
-        ids = start + lane
-        inside = ids < vocab
-        value = tl.load(line + ids, mask=inside, other=float("-inf")).to(tl.float32) * inverse
-        # One exponential a number: exp(-|difference|) fades either the sum so far or the newcomer.
-        fade = tl.where(value == top, 1.0, tl.exp(-tl.abs(value - top)))
-        total = tl.where(value > top, total * fade + 1.0, tl.where(inside, total + fade, total))
-        top = tl.maximum(top, value)
-        score = value - noisy * _log(_exponential(key, ids, FAST), FAST)
-        better = score > best
-        best = tl.where(better, score, best)
-        token = tl.where(better, ids, token)
-        logit = tl.where(better, value, logit)
+    after = tl.load(line + ids, mask=ids < vocab, other=float("-inf"))
+    for _ in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocab), BLOCK):
+        value = after.to(tl.float32)
+        after = tl.load(line + ids + BLOCK, mask=ids + BLOCK < vocab, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(tl.max(value, 2), 1) * scale)
+        share = _exp2(value * scale - higher[:, None, None], FAST)
+        total = total * _exp2(top - higher, FAST) + tl.sum(tl.sum(share, 2), 1)
+        top = higher
+
+        bits = (_mix(noise + ahead) >> 32).to(tl.uint32)
+        # 1.001 and 2^-22 are for rounding; 1 + u is rounded down to 23 bits.
+        most = 1.001 * _exp2(tl.minimum(top - best * log2e, 60.0), FAST)
+        above = (((bits | certain) >> 9) + 0x3F800000).to(tl.float32, bitcast=True)
+        margin = tl.max(tl.max(share * most[:, None, None] - above, 2), 1)
+        if tl.max((margin > -1.0000002384185791).to(tl.int32), 0) > 0:
+            value = value * inverse
+            score = value - (noisy * 0.6931471805599453) * _log2(_exponential(bits, FAST), FAST)
+            highest = tl.max(score)
+            if highest > best:
+                best = highest
+                token = tl.min(tl.where(score == highest, ids, 2147483647))
+                logit = tl.max(tl.where(ids == token, value, float("-inf")))
+        ids += BLOCK
+        noise += hop
     place = row * tl.num_programs(1) + chunk
     top_all = tl.max(top, 0)
-    anchor = tl.where(top_all == float("-inf"), 0.0, top_all)
-    tl.store(top_ptr + place, top_all)
-    tl.store(total_ptr + place, tl.sum(total * tl.exp(top - anchor), 0))
-    best_all = tl.max(best, 0)
-    winner = tl.min(tl.where(best == best_all, token, 2147483647), 0)
-    tl.store(best_ptr + place, best_all)
-    tl.store(token_ptr + place, winner)
-    tl.store(logit_ptr + place, tl.max(tl.where((best == best_all) & (token == winner), logit, float("-inf")), 0))
+    tl.store(top_ptr + place, top_all * 0.6931471805599453)
+    tl.store(total_ptr + place, tl.sum(total * _exp2(top - top_all, FAST), 0))
+    tl.store(best_ptr + place, best)
+    tl.store(token_ptr + place, token)
+    tl.store(logit_ptr + place, logit)
 
 
 @triton.jit
@@ -139,7 +169,7 @@ def race(
     winners = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits.device)
     _race_kernel[(num_rows, chunks)](
         logits, seeds, steps, how, floats[0], winners, floats[1], floats[2], floats[3], vocab, logits.stride(0),
-        step_offset, BLOCK=_BLOCK, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=4,
+        step_offset, LANES=_LANES, FOLDS=_FOLDS, CHUNK=_CHUNK, FAST=logits.is_cuda, num_warps=_WARPS,
     )  # fmt: skip
     return floats, winners
 

@@ -84,7 +84,8 @@ def test_grouped_experts(
         for k, expert in enumerate(routes[n].tolist()):
             lists[expert, counts[expert]] = n * slots + k
             counts[expert] += 1
-    for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2))]:
+    shares = moe.Tile(16, 32, 32, 4, 2, programs=3), moe.Tile(16, 32, 32, 4, 2, programs=5, overlap=True)
+    for tile in [None, (moe.Tile(32, 64, 32, 4, 2), moe.Tile(16, 32, 64, 4, 2)), shares]:
         act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
         moe.grouped_experts(
             x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, tiles=tile
@@ -273,6 +274,8 @@ def test_router(
 def test_draw_equals_torch(vocab: int) -> None:
     rows = 6
     logits = drawn(rows, vocab, scale=3.0)
+    logits[2, : vocab - 2] = -math.inf  # whole chunks without a candidate
+    logits[3] = logits[3, 0].clone()  # the noise alone decides; without noise the first of equals
     seeds = torch.tensor([0, -1, 5, 2**62, -(2**63), 12345], device=DEVICE)
     steps = torch.tensor([0, 1, 2, 3, 10**6, 7], device=DEVICE)
     for temperature in (0.0, 1.0, 0.7):
