@@ -3,7 +3,7 @@
 The same contract as `attention.attend` with `tiles`, for the one case that is arithmetic rather than bandwidth: a tile
 of exactly 64 query rows (rows x heads), 16-bit, latent C of 256 or 512, 64 rotated dims. Structure after FlashMLA's
 Hopper kernel (github.com/deepseek-ai/FlashMLA), simplified. Triton gives both warpgroups the whole score product, in
-slices too narrow for shared memory to feed; here two warpgroups divide the work without doing any of it twice:
+instructions (64 x 32) too narrow for shared memory to feed; here nothing is computed twice:
 
     blocks of 64 cached tokens belong to warpgroups 0 and 1 in turn: the owner computes its scores (64 x 64) and its
     softmax, and publishes weights, running maximum and fade (what earlier results are multiplied by) in shared memory;
@@ -63,25 +63,34 @@ def _zero(block):
 
 
 @gluon.jit
-def _start_scores(me: gl.constexpr, block, q_turned, shared, layout: gl.constexpr):
-    """Start the score product of a block of this warpgroup: three groups of asynchronous products."""
-    q, latent, turned, _, _, _, _, full, _ = shared
-    buffer, phase = me + _zero(block), (block // 2) & 1
+def _start_scores(me: gl.constexpr, block, shared, layout: gl.constexpr):
+    """Start the score product of a block of this warpgroup, with the half that arrives first: one group of asynchronous
+    products."""
+    q, latent, _, _, _, _, _, full, _ = shared
+    which = (me + _zero(block)) * 2 + me
+    mbarrier.wait(full.index(which), (block // 2) & 1)
     score = gl.zeros((ROWS, BLOCK), gl.float32, layout)
-    mbarrier.wait(full.index(buffer * 2), phase)
-    keys = latent.index(buffer * 2).permute((1, 0))
-    score = warpgroup_mma(q.index(_zero(block)), keys, score, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(buffer * 2 + 1), phase)
-    keys = latent.index(buffer * 2 + 1).permute((1, 0))
-    score = warpgroup_mma(q.index(_zero(block) + 1), keys, score, is_async=True)
-    return warpgroup_mma(q_turned, turned.index(buffer).permute((1, 0)), score, is_async=True)
+    keys = latent.index(which).permute((1, 0))
+    return warpgroup_mma(q.index(me + _zero(block)), keys, score, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_other_scores(me: gl.constexpr, block, score, q_turned, shared):
+    """Add the other half of the score product, and the rotated dims: two groups."""
+    q, latent, turned, _, _, _, _, full, _ = shared
+    which = (me + _zero(block)) * 2 + 1 - me
+    mbarrier.wait(full.index(which), (block // 2) & 1)
+    keys = latent.index(which).permute((1, 0))
+    score = warpgroup_mma(q.index(1 - me + _zero(block)), keys, score, is_async=True)
+    return warpgroup_mma(q_turned, turned.index(me + _zero(block)).permute((1, 0)), score, is_async=True)
 
 
 @gluon.jit
 def _soften(score, top, total, left, scale_log2, layout: gl.constexpr):
     """score: (64, 64) raw, of which the first `left` columns count -> weights, fade (64,), new top, new total."""
-    column = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-    score = gl.where((column < left)[None, :], score, float("-inf"))
+    if left < BLOCK:
+        column = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+        score = gl.where((column < left)[None, :], score, float("-inf"))
     new_top = gl.maximum(top, gl.max(score, 1) * scale_log2)
     weight = gl.exp2(score * scale_log2 - new_top[:, None])
     fade = gl.exp2(top - new_top)
@@ -145,28 +154,26 @@ def _step(
     latent = shared[1]
     num_blocks = (num_tokens + BLOCK - 1) // BLOCK
     layout: gl.constexpr = row_layout.parent
-    if follows == 0:
-        scores = _start_scores(me, block, q_turned, shared, layout)
-        score = warpgroup_mma_wait(0, deps=[scores])
-    elif FOLLOW_FIRST:
+    # Products finish in the order in which they start. The other's block comes before what may have to wait for a copy,
+    # so that its half of the buffer is soon free.
+    if follows and FOLLOW_FIRST:
         product, top, total = _start_follow(me, block - 1, acc, total, shared, row_layout, acc_layout)
-        scores = _start_scores(me, block, q_turned, shared, layout)
-        acc = warpgroup_mma_wait(3, deps=[product])
+        score = _start_scores(me, block, shared, layout)
+    elif follows:
+        score = _start_scores(me, block, shared, layout)
+        product, top, total = _start_follow(me, block - 1, acc, total, shared, row_layout, acc_layout)
+    else:
+        score = _start_scores(me, block, shared, layout)
+    score = _start_other_scores(me, block, score, q_turned, shared)
+    if follows:
+        acc = warpgroup_mma_wait(2 + FOLLOW_FIRST, deps=[product])
         _barrier()
         _load_half(block + 1, me, line, num_blocks, latent_desc, turned_desc, shared)
-        score = warpgroup_mma_wait(0, deps=[scores])
-    else:
-        scores = _start_scores(me, block, q_turned, shared, layout)
-        product, top, total = _start_follow(me, block - 1, acc, total, shared, row_layout, acc_layout)
-        score = warpgroup_mma_wait(1, deps=[scores])
+    score = warpgroup_mma_wait(0, deps=[score])
     left = num_tokens - block * BLOCK
     weight, fade, top, total = _soften(score, top, total, left, scale_log2, layout)
     weight = weight.to(latent.dtype)
     _publish(me, block, weight, fade, top, shared)
-    if follows and not FOLLOW_FIRST:
-        acc = warpgroup_mma_wait(0, deps=[product])
-        _barrier()
-        _load_half(block + 1, me, line, num_blocks, latent_desc, turned_desc, shared)
     acc = _add_own(me, block, acc, weight, fade, shared, acc_layout)
     _load_half(block + 2, me, line, num_blocks, latent_desc, turned_desc, shared)
     return acc, top, total
@@ -175,6 +182,9 @@ def _step(
 @gluon.jit
 def _warpgroup(
     me: gl.constexpr,
+    HEADS: gl.constexpr,
+    BLOCK_H: gl.constexpr,
+    FOLLOW_FIRST: gl.constexpr,
     latent_desc,
     turned_desc,
     shared,
@@ -187,9 +197,6 @@ def _warpgroup(
     first_head,
     split,
     all_splits,
-    HEADS: gl.constexpr,
-    BLOCK_H: gl.constexpr,
-    FOLLOW_FIRST: gl.constexpr,
 ):
     """What one of the two does. shared: (q, latent, turned, weights, fades, tops, totals, full, ready), all in shared
     memory, allocated and described in `_attend_kernel`."""
@@ -326,10 +333,17 @@ def _attend_kernel(
     fence_async_shared()
     _barrier()
 
-    where = (out_ptr, lse_ptr, tile_ptr, first_head, first_split + split, all_splits, HEADS, BLOCK_H, FOLLOW_FIRST)
-    common = (latent_desc, turned_desc, shared, line, num_tokens, scale_log2)
-    rest = common + where
-    gl.warp_specialize([(_warpgroup, (0,) + rest), (_warpgroup, (1,) + rest)], [4], [240])  # noqa: RUF005
+    # Constants stand in the call itself: a tuple that has a name holds them as tensors.
+    work = (latent_desc, turned_desc, shared, line, num_tokens, scale_log2)
+    result = (out_ptr, lse_ptr, tile_ptr, first_head, first_split + split, all_splits)
+    gl.warp_specialize(
+        [
+            (_warpgroup, (0, HEADS, BLOCK_H, FOLLOW_FIRST) + work + result),  # noqa: RUF005
+            (_warpgroup, (1, HEADS, BLOCK_H, FOLLOW_FIRST) + work + result),  # noqa: RUF005
+        ],
+        [4],
+        [240],
+    )
 
 
 def fits(q: torch.Tensor, latent_width: int, query_rows: int) -> bool:
@@ -356,7 +370,7 @@ def attend_tiles(
     follow_first: bool,
 ) -> None:
     """As `attention.attend`, which see; block_h: heads of a program. follow_first: a warpgroup adds the other's block
-    before it starts its own scores, not while these are computed."""
+    before it starts its own scores, not between their halves."""
     heads, width = q.shape[1:]
     half = out.shape[-1] // 2
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
@@ -368,6 +382,6 @@ def attend_tiles(
     grid = (tiles.shape[0], splits, -(-heads // block_h))
     _attend_kernel[grid](
         q, latent_blocks, turned_blocks, tiles, slots, lengths, out, lse, scale * 1.4426950408889634, cache.shape[1],
-        split_tokens, splits, first_split, lse.shape[1], HEADS=heads, BLOCK_H=block_h, FOLLOW_FIRST=follow_first,
+        split_tokens, splits, first_split, lse.shape[1], HEADS=heads, BLOCK_H=block_h, FOLLOW_FIRST=int(follow_first),
         num_warps=4,
     )  # fmt: skip
