@@ -31,11 +31,13 @@ from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """tokens: cached tokens of one inner block."""
+    """tokens: cached tokens of one inner block. engine: "triton", or where `hopper_attention.fits`: "hopper" or
+    "hopper-follow" (another order of the same work), which have their own tokens, warps and stages."""
 
     tokens: int
     warps: int
     stages: int
+    engine: str = "triton"
 
 
 @triton.jit(do_not_specialize=["splits", "first_split", "all_splits"])
@@ -156,6 +158,15 @@ def attend(
     block_h = head_block(heads, per_tile)
     block_m = block_h * per_tile
     tile = tile or default_tile(block_m, q.dtype)
+    if tile.engine != "triton":
+        from rl.rollout.kernels import hopper_attention  # not every Triton has what it imports
+
+        assert tiles is not None and hopper_attention.fits(q, latent_width, block_m), f"no tiles for {tile}"
+        hopper_attention.attend_tiles(
+            q, cache, slots, lengths, tiles, scale=scale, out=out, lse=lse, first_split=first_split, splits=splits,
+            split_tokens=split_tokens, block_h=block_h, follow_first=tile.engine == "hopper-follow",
+        )  # fmt: skip
+        return
     grid = (num_rows if tiles is None else tiles.shape[0], splits, cdiv(heads, block_h))
     c_pow2, r_pow2 = (max(16, next_power_of_2(n)) for n in (latent_width, width - latent_width))
     latent_blocks = turned_blocks = None

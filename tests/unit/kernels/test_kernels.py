@@ -154,6 +154,29 @@ def test_two_part_attention_is_one_softmax(
         assert_near(out.view(rows, heads, value), torch.einsum("nhc,hvc->nhv", expected, w_uv), dtype)
 
 
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="instructions of Hopper GPUs"
+)
+@pytest.mark.parametrize("engine", ["hopper", "hopper-follow"])
+@pytest.mark.parametrize("latent", [256, 512])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_hopper_attention(engine: str, latent: int, splits: int) -> None:
+    """Both orders of work against the reference: one block and many, full and not, odd and even, rows missing."""
+    lengths, sizes, width = [1, 64, 65, 129, 300, 1027], [3, 4, 1, 6, 2, 4], latent + 64
+    owners = [g for g, size in enumerate(sizes) for _ in range(size)]
+    groups = [[n for n, g in enumerate(owners) if g == group] for group in range(len(sizes))]
+    q, prompt = drawn(len(owners), 16, width, dtype=torch.bfloat16), drawn(7, 1040, width, dtype=torch.bfloat16, seed=1)
+    expected = reference.attend(q, [prompt[g + 1, : lengths[g]] for g in owners], latent, scale=width**-0.5)
+    tiles = torch.tensor(prompt_tiles(groups, 4, len(owners)), dtype=torch.int32, device=DEVICE)
+    partial = poison(len(owners), splits + 1, 16, latent, dtype=torch.bfloat16)
+    lse = torch.full((len(owners), splits + 1, 16), -math.inf, device=DEVICE)
+    attention.attend(
+        q, prompt, ints([g + 1 for g in owners]), ints([lengths[g] for g in owners]), scale=width**-0.5, out=partial,
+        lse=lse, first_split=1, splits=splits, tiles=tiles, tile=attention.AttentionTile(64, 8, 2, engine),
+    )  # fmt: skip
+    assert_near(reference.merge(partial, lse), expected, torch.bfloat16)
+
+
 def test_fixed_splits_do_not_depend_on_their_number() -> None:
     q, own = drawn(2, 4, 48), drawn(2, 80, 48, seed=1)
     results = []
