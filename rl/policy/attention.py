@@ -4,6 +4,7 @@ In: q, k (T, H, Q) and v (T, H, V) of all sequences, concatenated without paddin
 On CUDA the variable-length flash kernel reads the packed layout as it is (v is zero-padded to the width of q and k,
 which the kernel wants equal); elsewhere, or where a probe finds the kernel missing, sequences are padded on the
 right, attended with SDPA and unpadded. Right padding needs no mask: under a causal mask no real token sees a later one.
+Forwards without gradients on Hopper do not come here: `rl.policy.mla` gives them to `rl.policy.flash`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _varlen_attn() -> Callable[..., Any] | None:
     return cast("Callable[..., Any]", varlen_attn)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PackedLayout:
     """Where the sequences of a packed batch lie; computed once per forward and shared by all layers.
 
@@ -52,6 +53,13 @@ class PackedLayout:
         sequence = torch.searchsorted(starts[1:], tokens, right=True)
         positions = tokens - starts[sequence]
         return cls(cu_seqlens, max_seqlen, sequences, positions, sequence * max_seqlen + positions)
+
+    @functools.cached_property
+    def query_tiles(self) -> torch.Tensor:
+        """The schedule of `rl.policy.flash`, made by the first layer that wants it."""
+        from rl.policy.flash import query_tiles
+
+        return query_tiles(self.cu_seqlens, num_tokens=self.positions.shape[0], max_seqlen=self.max_seqlen)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, *, scale: float) -> torch.Tensor:

@@ -25,9 +25,9 @@ from rl.policy.norm import RMSNorm
 from rl.policy.rope import RotaryTables, rotate, softmax_scale
 
 try:
-    from rl.policy import kernels
+    from rl.policy import flash, kernels
 except ImportError:  # torch without CUDA comes without triton
-    kernels = None  # type: ignore[assignment]
+    flash = kernels = None  # type: ignore[assignment]
 
 
 class MLA(nn.Module):
@@ -96,12 +96,17 @@ class MLA(nn.Module):
         sequence."""
         tokens = latent.shape[0]
         kv = self.kv_b_proj(latent).view(tokens, self.num_heads, -1)
+        k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
+        wants_gradient = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad or k_rope.requires_grad)
+        if flash is not None and not wants_gradient and flash.applies(q, k_nope, k_rope, v):
+            tiles, scale, interleave = layout.query_tiles, self.scale, self.interleave
+            out = flash.flash_mla(q, k_nope, k_rope, v, tiles, scale=scale, tables=tables, interleave=interleave)
+            return out.view(tokens, -1)
         if kernels is not None and q.is_cuda:
             width = (max(q.shape[-1], self.v_dim) + 7) // 8 * 8  # what the attention kernel wants
             q, k, v = kernels.AssembleHeads.apply(q, kv, k_rope, *tables, self.nope_dim, width, self.interleave)
         else:
             q = self._rotate_queries(q, tables)
-            k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
             k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1)
         return attend(q, k, v, layout, scale=self.scale)[..., : self.v_dim].reshape(tokens, -1)
 

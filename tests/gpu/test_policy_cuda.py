@@ -116,6 +116,59 @@ def test_varlen_attention_equals_padded(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(error(got, wanted) <= 2e-2 for got, wanted in zip(*results, strict=True))
 
 
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="the flash kernel is for Hopper"
+)
+
+
+@hopper
+@pytest.mark.parametrize("lengths", [(1,), (127, 1, 128, 129, 255, 3, 256, 257), (2049, 17, 1500, 900)])
+@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 64, 64), (96, 32, 72), (32, 16, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_equals_assembled_heads(
+    lengths: tuple[int, ...], widths: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    from rl.policy import flash, kernels
+
+    (nope, rope, value), heads, tokens = widths, 3, sum(lengths)
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((heads, nope + rope), (heads, nope + value), (rope,))
+    q, kv, k_rope = (torch.randn(tokens, *shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    angles = torch.rand(tokens, rope // 2, generator=generator).cuda() * 6
+    tables = angles.cos(), angles.sin()
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32).cuda()
+    layout = attention.PackedLayout.of(cu, num_tokens=tokens, max_seqlen=max(lengths))
+    k_nope, v = kv.split((nope, value), dim=-1)
+    assert flash.applies(q, k_nope, k_rope, v)
+    got = flash.flash_mla(q, k_nope, k_rope, v, layout.query_tiles, scale=0.1, tables=tables, interleave=True).float()
+    width = (max(nope + rope, value) + 7) // 8 * 8
+    q, k, v = (x.float() for x in kernels.AssembleHeads.apply(q, kv, k_rope, *tables, nope, width, True))
+    wanted = attention.attend(q, k, v[..., :value], layout, scale=0.1)
+    assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+    assert error(got, wanted) <= 5e-3
+
+
+@hopper
+def test_forward_without_gradients_equals_the_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rl.policy import flash
+
+    policy = init_policy(PolicyConfig.from_dict(SHAPE), seed=0, dtype=torch.bfloat16, device="cuda")
+    tokens, cu = (t.cuda() for t in batch())
+    wanted = policy(tokens, cu, max(LENGTHS))
+    calls, plain = [], flash.flash_mla
+    monkeypatch.setattr(flash, "flash_mla", lambda *args, **options: calls.append(1) or plain(*args, **options))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            got = policy(tokens, cu, max(LENGTHS), routes=wanted.routes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == SHAPE["num_hidden_layers"]
+    logits = [policy.lm_head(out.hidden).detach().float() for out in (got, wanted)]
+    print(f"\nlogits without gradients against with: {error(*logits):.1e} (allowed 2e-2)")
+    assert error(*logits) <= 2e-2
+
+
 @pytest.mark.parametrize("kind", ["all_to_one", "two_used"])
 def test_experts_without_tokens(kind: str) -> None:
     policy = init_policy(PolicyConfig.from_dict(SHAPE), seed=0, dtype=torch.bfloat16, device="cuda")

@@ -19,9 +19,10 @@ ALLOWED: dict[str, set[str]] = {
     "rl.config": {"pydantic", "yaml"},
     "rl.data": {"rl.config", "rl.types", "rl.distributed", "transformers", "tokenizers", "datasets", "pyarrow"},
     "rl.grpo": {"torch"},
-    "rl.policy": {"rl.policy.kernels", "torch"},
+    "rl.policy": {"rl.policy.flash", "rl.policy.kernels", "torch"},
     "rl.policy.weights": {"rl.policy", "torch", "safetensors", "huggingface_hub", "transformers"},
     "rl.policy.hf": {"rl.policy", "rl.policy.weights", "torch", "transformers", "huggingface_hub"},
+    "rl.policy.flash": {"rl.policy", "torch", "triton"},
     "rl.policy.kernels": {"rl.policy", "torch", "triton"},
     "rl.rollout": {
         "rl.policy", "rl.policy.kernels", "rl.types", "rl.distributed", "torch", "triton", "transformers", "psutil",
