@@ -65,7 +65,9 @@ class MLA(nn.Module):
         latent, k_rope = self.latent(x, tables)
         if latents is not None:
             latents.append(torch.cat((latent, k_rope), dim=-1))
-        return self.o_proj(self.expanded(self._project_queries(x), latent, k_rope, tables, layout))
+        prefill = latents is not None
+        out = self.expanded(self._project_queries(x), latent, k_rope, tables, layout, prefill=prefill)
+        return self.o_proj(out)
 
     def queries(self, x: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
         """x: (T, D) -> (T, H, nope + R), the last R rotated."""
@@ -91,14 +93,16 @@ class MLA(nn.Module):
         k_rope: torch.Tensor,
         tables: RotaryTables,
         layout: PackedLayout,
+        *,
+        prefill: bool = False,
     ) -> torch.Tensor:
         """q: (T, H, nope + R) not yet rotated, latent: (T, C), k_rope: (T, R) rotated -> (T, H * v), causal within each
-        sequence."""
+        sequence. prefill: a rollout's, for which a faster kernel may round otherwise than training does; log-probabilities
+        that are compared with the update's keep to the update's kernel."""
         tokens = latent.shape[0]
         kv = self.kv_b_proj(latent).view(tokens, self.num_heads, -1)
         k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
-        wants_gradient = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad or k_rope.requires_grad)
-        if flash is not None and not wants_gradient and flash.applies(q, k_nope, k_rope, v):
+        if prefill and flash is not None and not torch.is_grad_enabled() and flash.applies(q, k_nope, k_rope, v):
             tiles, scale, interleave = layout.query_tiles, self.scale, self.interleave
             out = flash.flash_mla(q, k_nope, k_rope, v, tiles, scale=scale, tables=tables, interleave=interleave)
             return out.view(tokens, -1)

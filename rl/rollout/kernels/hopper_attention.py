@@ -12,7 +12,10 @@ instructions (64 x 32) too narrow for shared memory to feed; here nothing is com
 
 While one warpgroup takes a softmax the other multiplies. No block waits for more than its predecessor's maximum.
 Departures from FlashMLA: both warpgroups see the blocks in the same order with the same fades (there, the second
-takes each pair in reverse); rotated queries live in registers of both; a copy is half a block, not a ninth."""
+takes each pair in reverse); rotated queries live in registers of both; a copy is half a block, not a ninth.
+
+Measured on an H200, 64 programs' rows of 16 heads, C 512: 256 rows in groups of 16 over 4,096 tokens 69 us (527
+TFLOP/s; plain Triton 130 us), 1,024 rows over 256 tokens 39 us (50), 64 rows over 256 tokens 9.2 us (10)."""
 
 from __future__ import annotations
 
@@ -147,7 +150,6 @@ def _step(
     common,
     row_layout: gl.constexpr,
     acc_layout: gl.constexpr,
-    FOLLOW_FIRST: gl.constexpr,
 ):
     """A block of this warpgroup, and before it (unless it is the first of all) the other's -> acc, top, total."""
     latent_desc, turned_desc, shared, q_turned, line, num_tokens, scale_log2 = common
@@ -156,17 +158,12 @@ def _step(
     layout: gl.constexpr = row_layout.parent
     # Products finish in the order in which they start. The other's block comes before what may have to wait for a copy,
     # so that its half of the buffer is soon free.
-    if follows and FOLLOW_FIRST:
+    score = _start_scores(me, block, shared, layout)
+    if follows:
         product, top, total = _start_follow(me, block - 1, acc, total, shared, row_layout, acc_layout)
-        score = _start_scores(me, block, shared, layout)
-    elif follows:
-        score = _start_scores(me, block, shared, layout)
-        product, top, total = _start_follow(me, block - 1, acc, total, shared, row_layout, acc_layout)
-    else:
-        score = _start_scores(me, block, shared, layout)
     score = _start_other_scores(me, block, score, q_turned, shared)
     if follows:
-        acc = warpgroup_mma_wait(2 + FOLLOW_FIRST, deps=[product])
+        acc = warpgroup_mma_wait(2, deps=[product])
         _barrier()
         _load_half(block + 1, me, line, num_blocks, latent_desc, turned_desc, shared)
     score = warpgroup_mma_wait(0, deps=[score])
@@ -184,7 +181,6 @@ def _warpgroup(
     me: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
-    FOLLOW_FIRST: gl.constexpr,
     latent_desc,
     turned_desc,
     shared,
@@ -214,9 +210,9 @@ def _warpgroup(
     total = gl.zeros((ROWS,), gl.float32, row_layout)
     common = (latent_desc, turned_desc, shared, q_turned, line, num_tokens, scale_log2)
     if num_blocks > me:  # apart from the loop: else ptxas has the loop's products wait for each other
-        acc, top, total = _step(me, me, me, acc, top, total, common, row_layout, acc_layout, FOLLOW_FIRST)
+        acc, top, total = _step(me, me, me, acc, top, total, common, row_layout, acc_layout)
     for block in range(2 + me, num_blocks, 2):
-        acc, top, total = _step(me, 1, block, acc, top, total, common, row_layout, acc_layout, FOLLOW_FIRST)
+        acc, top, total = _step(me, 1, block, acc, top, total, common, row_layout, acc_layout)
     if (num_blocks > 0) & ((num_blocks - 1) % 2 == other):
         acc_started, top, total = _start_follow(me, num_blocks - 1, acc, total, shared, row_layout, acc_layout)
         acc = warpgroup_mma_wait(0, deps=[acc_started])
@@ -275,7 +271,6 @@ def _attend_kernel(
     all_splits,
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
-    FOLLOW_FIRST: gl.constexpr,
 ):
     dtype: gl.constexpr = latent_desc.dtype
     width: gl.constexpr = latent_desc.block_shape[1]
@@ -338,8 +333,8 @@ def _attend_kernel(
     result = (out_ptr, lse_ptr, tile_ptr, first_head, first_split + split, all_splits)
     gl.warp_specialize(
         [
-            (_warpgroup, (0, HEADS, BLOCK_H, FOLLOW_FIRST) + work + result),  # noqa: RUF005
-            (_warpgroup, (1, HEADS, BLOCK_H, FOLLOW_FIRST) + work + result),  # noqa: RUF005
+            (_warpgroup, (0, HEADS, BLOCK_H) + work + result),  # noqa: RUF005
+            (_warpgroup, (1, HEADS, BLOCK_H) + work + result),  # noqa: RUF005
         ],
         [4],
         [240],
@@ -367,10 +362,8 @@ def attend_tiles(
     splits: int,
     split_tokens: int,
     block_h: int,
-    follow_first: bool,
 ) -> None:
-    """As `attention.attend`, which see; block_h: heads of a program. follow_first: a warpgroup adds the other's block
-    before it starts its own scores, not between their halves."""
+    """As `attention.attend`, which see; block_h: heads of a program."""
     heads, width = q.shape[1:]
     half = out.shape[-1] // 2
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
@@ -382,6 +375,5 @@ def attend_tiles(
     grid = (tiles.shape[0], splits, -(-heads // block_h))
     _attend_kernel[grid](
         q, latent_blocks, turned_blocks, tiles, slots, lengths, out, lse, scale * 1.4426950408889634, cache.shape[1],
-        split_tokens, splits, first_split, lse.shape[1], HEADS=heads, BLOCK_H=block_h, FOLLOW_FIRST=int(follow_first),
-        num_warps=4,
+        split_tokens, splits, first_split, lse.shape[1], HEADS=heads, BLOCK_H=block_h, num_warps=4,
     )  # fmt: skip

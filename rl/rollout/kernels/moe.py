@@ -9,8 +9,7 @@ routed one) are slots K .. P-1 of every row, so that they ride in the same two l
 `gated_rows`: no experts, one part.
 
 Tiles are found on the device: a program adds up ceil(count / BLOCK_M) over the experts and takes its place in that
-sum, so the grid has the size of the worst case, and programs beyond the end leave at once (or it has a fixed number of
-programs that share the tiles out: `Tile.programs`). Weights come through the
+sum, so the grid has the size of the worst case, and programs beyond the end leave at once. Weights come through the
 bulk copy engine and are the left operand (their rows are the wgmma M dimension): with few rows per expert the right
 operand may be as narrow as 16 columns. Measured on an H200: 4.4 TB/s of weights at 6 rows an expert, as fast as a plain
 read; torch's grouped_mm with its gathers takes 2.0 to 2.7 times as long at 24 to 96 rows.
@@ -43,8 +42,6 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None  # most a thread may have, where one more would cost a resident program
-    programs: int = 0  # 0: one for each tile; else so many in all, each doing its share of the tiles
-    overlap: bool = False  # of those: load the next tile while one ends (one flat loop, which needs more registers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +84,9 @@ class ExpertWeights:
 
 
 @triton.jit
-def _experts_ends(
-    counts_ptr, NUM_EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """-> (EXPERTS_POW2,) each: rows of every expert, and how many row tiles it and those before it have."""
-    ids = tl.arange(0, EXPERTS_POW2)
-    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
-    return counts, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0)
-
-
-@triton.jit
 def _rows_of_tile(
     tile,
-    counts,
-    ends,
+    counts_ptr,
     lists_ptr,
     num_rows,
     list_stride,
@@ -117,10 +103,14 @@ def _rows_of_tile(
     is_shared = tile < shared_tiles
     part = tile // tiles_per_part
     row = (tile % tiles_per_part) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.arange(0, EXPERTS_POW2)
+    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles, 0)
     expert = tl.minimum(tl.sum((ends <= tile - shared_tiles).to(tl.int32), 0), NUM_EXPERTS)
     expert = tl.where(is_shared, 0, expert)
-    here = tl.arange(0, EXPERTS_POW2) == expert
-    first = tl.sum(tl.where(here, ends - (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)
+    here = ids == expert
+    first = tl.sum(tl.where(here, ends - tiles, 0), 0)
     count = tl.sum(tl.where(here, counts, 0), 0)
     index = (tile - shared_tiles - first) * BLOCK_M + tl.arange(0, BLOCK_M)
     routed = (index >= 0) & (index < count)  # a shared tile's index is negative; no expert has no count
@@ -129,30 +119,49 @@ def _rows_of_tile(
     return expert, part, is_shared, assignment, tl.where(is_shared, row < num_rows, routed)
 
 
-@triton.jit
-def _gate_up_tile(
-    work, x_ptr, gate_up_desc, shared_gate_desc, shared_up_desc, weights_ptr, act_ptr, lists_ptr, num_rows,
-    list_stride, counts, ends,
-    D: tl.constexpr, WIDTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOP_K: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The work-th piece: BLOCK_N columns of one tile of rows."""
+@triton.jit(do_not_specialize=["num_rows"])
+def _gate_up_kernel(
+    x_ptr,
+    gate_up_desc,
+    shared_gate_desc,
+    shared_up_desc,
+    weights_ptr,
+    act_ptr,
+    counts_ptr,
+    lists_ptr,
+    num_rows,
+    list_stride,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """act[a, i] = silu(x . gate_i) * (x . up_i) * weight of assignment a; one program does BLOCK_N columns i of one
+    tile of rows. NUM_EXPERTS = 0: an ordinary MLP, row n is assignment n."""
     SLOTS: tl.constexpr = TOP_K + PARTS
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    column = (work % n_tiles) * BLOCK_N
+    tile = tl.program_id(0) // n_tiles
+    column = (tl.program_id(0) % n_tiles) * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     if NUM_EXPERTS == 0:
-        assignment = (work // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        assignment = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = assignment < num_rows
         gate_desc, up_desc = shared_gate_desc, shared_up_desc
         gate_first = column
         up_first = column
     else:
         expert, part, is_shared, assignment, valid = _rows_of_tile(
-            work // n_tiles, counts, ends, lists_ptr, num_rows, list_stride,
-            NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M,
-        )  # fmt: skip
+            tile, counts_ptr, lists_ptr, num_rows, list_stride, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M
+        )
+        if expert >= NUM_EXPERTS:
+            return
         gate_first = tl.where(is_shared, part * WIDTH, expert * (2 * WIDTH)) + column
         up_first = gate_first + tl.where(is_shared, 0, WIDTH)
         if PARTS == 0:
@@ -188,13 +197,11 @@ def _gate_up_tile(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _gate_up_kernel(
-    x_ptr,
-    gate_up_desc,
-    shared_gate_desc,
-    shared_up_desc,
-    weights_ptr,
+def _down_kernel(
     act_ptr,
+    down_desc,
+    shared_down_desc,
+    y_ptr,
     counts_ptr,
     lists_ptr,
     num_rows,
@@ -208,49 +215,19 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act[a, i] = silu(x . gate_i) * (x . up_i) * weight of assignment a. NUM_EXPERTS = 0: an ordinary MLP, row n is
-    assignment n."""
-    n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
-    counts, ends = 0, 0
-    if NUM_EXPERTS > 0:
-        counts, ends = _experts_ends(counts_ptr, NUM_EXPERTS, EXPERTS_POW2, BLOCK_M)
-        row_tiles = row_tiles * PARTS + tl.max(ends, 0)
-    first = tl.program_id(0)
-    if PERSISTENT:
-        for work in tl.range(first, row_tiles * n_tiles, tl.num_programs(0), flatten=OVERLAP):
-            _gate_up_tile(
-                work, x_ptr, gate_up_desc, shared_gate_desc, shared_up_desc, weights_ptr, act_ptr, lists_ptr, num_rows,
-                list_stride, counts, ends, D, WIDTH, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
-                PRECISION,
-            )  # fmt: skip
-    elif first < row_tiles * n_tiles:
-        _gate_up_tile(
-            first, x_ptr, gate_up_desc, shared_gate_desc, shared_up_desc, weights_ptr, act_ptr, lists_ptr, num_rows,
-            list_stride, counts, ends, D, WIDTH, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
-            PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _down_tile(
-    work, act_ptr, down_desc, shared_down_desc, y_ptr, lists_ptr, num_rows, list_stride, counts, ends,
-    D: tl.constexpr, WIDTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOP_K: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The work-th piece: BLOCK_N columns of one tile of rows."""
+    """y[a, d] = sum_i act[a, i] down[d, i] with the matrix of assignment a's expert; a program does BLOCK_N columns."""
     n_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    column = (work % n_tiles) * BLOCK_N
+    tile = tl.program_id(0) // n_tiles
+    column = (tl.program_id(0) % n_tiles) * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     expert, part, is_shared, assignment, valid = _rows_of_tile(
-        work // n_tiles, counts, ends, lists_ptr, num_rows, list_stride,
-        NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M,
-    )  # fmt: skip
+        tile, counts_ptr, lists_ptr, num_rows, list_stride, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M
+    )
+    if expert >= NUM_EXPERTS:
+        return
     first_row = tl.where(is_shared, 0, expert * D) + column
     first_column = tl.where(is_shared, part * WIDTH, 0)
     if PARTS == 0:
@@ -273,55 +250,15 @@ def _down_tile(
     tl.store(y_ptrs, tl.trans(out.to(y_ptr.dtype.element_ty)), mask=valid[:, None] & (columns < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _down_kernel(
-    act_ptr,
-    down_desc,
-    shared_down_desc,
-    y_ptr,
-    counts_ptr,
-    lists_ptr,
-    num_rows,
-    list_stride,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y[a, d] = sum_i act[a, i] down[d, i] with the matrix of assignment a's expert."""
-    n_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    counts, ends = _experts_ends(counts_ptr, NUM_EXPERTS, EXPERTS_POW2, BLOCK_M)
-    row_tiles = PARTS * ((num_rows + BLOCK_M - 1) // BLOCK_M) + tl.max(ends, 0)
-    first = tl.program_id(0)
-    if PERSISTENT:
-        for work in tl.range(first, row_tiles * n_tiles, tl.num_programs(0), flatten=OVERLAP):
-            _down_tile(
-                work, act_ptr, down_desc, shared_down_desc, y_ptr, lists_ptr, num_rows, list_stride,
-                counts, ends, D, WIDTH, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
-    elif first < row_tiles * n_tiles:
-        _down_tile(
-            first, act_ptr, down_desc, shared_down_desc, y_ptr, lists_ptr, num_rows, list_stride,
-            counts, ends, D, WIDTH, NUM_EXPERTS, EXPERTS_POW2, TOP_K, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-
-
 def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """-> tiles of the two launches for so many rows an expert on average; the best of about ten each on an H200."""
+    """-> tiles of the two launches for so many rows an expert on average; the best of about ten each on an H200. No gain
+    there: a fixed number of programs that share the tiles out, with or without loading the next tile while one ends."""
     if dtype == torch.float32:
         return Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)
     if rows_per_expert <= 12:
         return Tile(16, 64, 128, 4, 3), Tile(16, 128, 64, 4, 5)
     if rows_per_expert <= 28:
-        return Tile(32, 64, 64, 4, 5), Tile(32, 128, 64, 4, 5)
+        return Tile(32, 64, 64, 4, 3), Tile(32, 128, 64, 4, 5)
     if rows_per_expert <= 64:
         return Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
     # 143 registers a thread let one program of 8 warps reside where 128 let two: 347 us instead of 244.
@@ -349,15 +286,17 @@ def grouped_experts(
         "D": width, "WIDTH": inner, "NUM_EXPERTS": num_experts, "TOP_K": top_k, "PARTS": experts.parts,
         "EXPERTS_POW2": next_power_of_2(num_experts + 1), "PRECISION": dot_precision(x.dtype),
     }  # fmt: skip
-    _gate_up_kernel[(_programs(first, _most_tiles(num_rows, top_k, experts, first.rows) * cdiv(inner, first.out)),)](
+    _gate_up_kernel[(_most_tiles(num_rows, top_k, experts, first.rows) * cdiv(inner, first.out),)](
         x, experts.blocks("gate_up", first), experts.blocks("shared_gate", first), experts.blocks("shared_up", first),
         weights, act, counts, lists, num_rows, lists.stride(0), **common,
-        **_tile_options(first),
+        BLOCK_M=first.rows, BLOCK_N=first.out, BLOCK_K=first.depth,
+        num_warps=first.warps, num_stages=first.stages, maxnreg=first.registers,
     )  # fmt: skip
-    _down_kernel[(_programs(second, _most_tiles(num_rows, top_k, experts, second.rows) * cdiv(width, second.out)),)](
+    _down_kernel[(_most_tiles(num_rows, top_k, experts, second.rows) * cdiv(width, second.out),)](
         act, experts.blocks("down", second), experts.blocks("shared_down", second), out, counts, lists, num_rows,
         lists.stride(0), **common,
-        **_tile_options(second),
+        BLOCK_M=second.rows, BLOCK_N=second.out, BLOCK_K=second.depth,
+        num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     return out
 
@@ -367,26 +306,13 @@ def gated_rows(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, act: to
     up^T)."""
     num_rows, width = x.shape
     tile = default_tiles(num_rows, x.dtype)[0]
-    _gate_up_kernel[(_programs(tile, cdiv(num_rows, tile.rows) * cdiv(gate.shape[0], tile.out)),)](
+    _gate_up_kernel[(cdiv(num_rows, tile.rows) * cdiv(gate.shape[0], tile.out),)](
         x, None, _blocks(gate, tile), _blocks(up, tile), None, act, None, None, num_rows, 0,
         D=width, WIDTH=gate.shape[0], NUM_EXPERTS=0, EXPERTS_POW2=1, TOP_K=0, PARTS=1, PRECISION=dot_precision(x.dtype),
-        **_tile_options(tile),
+        BLOCK_M=tile.rows, BLOCK_N=tile.out, BLOCK_K=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return act
-
-
-def _programs(tile: Tile, tiles: int) -> int:
-    """Programs of a launch whose worst case has so many tiles."""
-    return min(tile.programs, tiles) if tile.programs else tiles
-
-
-def _tile_options(tile: Tile) -> dict[str, Any]:
-    """A tile as its kernel's arguments."""
-    return {
-        "BLOCK_M": tile.rows, "BLOCK_N": tile.out, "BLOCK_K": tile.depth,
-        "PERSISTENT": tile.programs > 0, "OVERLAP": tile.overlap,
-        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
-    }  # fmt: skip
 
 
 def _blocks(matrix: torch.Tensor | None, tile: Tile) -> TensorDescriptor | None:

@@ -268,4 +268,4 @@ def merge_tile(num_rows: int, dtype: torch.dtype) -> Tile:
     """The measured best of the second half; taller blocks read W_UV less often."""
     if dtype == torch.float32:
         return Tile(16, 32, 4, 2)
-    return Tile(64, 64, 8, 2) if num_rows >= 512 else Tile(16, 128, 4, 2)
+    return Tile(64, 64, 8, 3) if num_rows >= 512 else Tile(16, 64, 4, 3)

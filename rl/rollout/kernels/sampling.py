@@ -14,7 +14,7 @@ import triton.language as tl
 
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
-_LANES, _FOLDS, _CHUNK, _WARPS = 32, 2, 8192, 1  # 8 * _FOLDS ids of a lane at a time; ids of a program
+_LANES, _FOLDS, _CHUNK, _WARPS = 32, 1, 4096, 1  # 8 * _FOLDS ids of a lane at a time; ids of a program
 
 
 @triton.jit

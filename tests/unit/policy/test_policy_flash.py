@@ -49,33 +49,22 @@ def reference(
     return torch.cat(outputs)
 
 
-LENGTHS = [(1,), (31, 1, 32, 33), (0, 64, 0, 65, 2), (97, 5)]
+LENGTHS = [(1,), (63, 1, 64, 65), (0, 128, 0, 129, 2), (193, 5)]
 WIDTHS = [(2, 16, 16, 16), (3, 24, 16, 40), (1, 32, 32, 8)]
 
 
-@pytest.mark.parametrize("bulk", [True, False])
-@pytest.mark.parametrize("keys", [16, 32])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_lengths(flash: Any, lengths: tuple[int, ...], keys: int, bulk: bool) -> None:
-    check(flash, lengths, WIDTHS[1], flash.FlashTile(queries=32, keys=keys, bulk=bulk))
+def test_lengths(flash: Any, lengths: tuple[int, ...]) -> None:
+    check(flash, lengths, WIDTHS[1])
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("turned", ["already", "interleaved", "halves"])
 def test_widths_and_rotation(flash: Any, widths: tuple[int, ...], turned: str) -> None:
-    check(flash, (40, 1, 17), widths, flash.FlashTile(queries=16, keys=16), turned)
+    check(flash, (80, 1, 17), widths, turned)
 
 
-@pytest.mark.parametrize("way", ["unified", "shared"])
-@pytest.mark.parametrize("keys", [16, 32])
-def test_other_schedules(flash: Any, keys: int, way: str) -> None:
-    for lengths in LENGTHS:
-        check(flash, lengths, WIDTHS[0], flash.FlashTile(queries=32, keys=keys, **{way: True}))
-
-
-def check(
-    flash: Any, lengths: tuple[int, ...], widths: tuple[int, ...], tile: Any, turned: str = "interleaved"
-) -> None:
+def check(flash: Any, lengths: tuple[int, ...], widths: tuple[int, ...], turned: str = "interleaved") -> None:
     heads, nope, rope, value = widths
     tokens, interleave = sum(lengths), turned == "interleaved"
     q, kv, k_rope = 3 * draw(tokens, heads, nope + rope), draw(tokens, heads, nope + value), draw(tokens, rope)
@@ -83,11 +72,9 @@ def check(
     wanted_q = q
     if tables is not None:
         wanted_q = torch.cat((q[..., :nope], rotate(q[..., nope:], tables, interleave=interleave)), dim=-1)
-    tiles = flash.query_tiles(
-        offsets(lengths), num_tokens=tokens, max_seqlen=max(lengths), queries=tile.queries, section=50
-    )
+    tiles = flash.query_tiles(offsets(lengths), num_tokens=tokens, max_seqlen=max(lengths), section=50)
     got = flash.flash_mla(
-        q, kv[..., :nope], k_rope, kv[..., nope:], tiles, scale=0.3, tables=tables, interleave=interleave, tile=tile
+        q, kv[..., :nope], k_rope, kv[..., nope:], tiles, scale=0.3, tables=tables, interleave=interleave
     )
     wanted = reference(wanted_q, kv, k_rope, nope, lengths, 0.3)
     assert got.is_contiguous() and got.shape == wanted.shape
