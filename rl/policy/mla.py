@@ -97,8 +97,8 @@ class MLA(nn.Module):
         prefill: bool = False,
     ) -> torch.Tensor:
         """q: (T, H, nope + R) not yet rotated, latent: (T, C), k_rope: (T, R) rotated -> (T, H * v), causal within each
-        sequence. prefill: a rollout's, for which a faster kernel may round otherwise than training does; log-probabilities
-        that are compared with the update's keep to the update's kernel."""
+        sequence. prefill: a rollout's, for which a faster kernel may round otherwise than training does (what is
+        compared with the update's log-probabilities keeps to the update's kernel)."""
         tokens = latent.shape[0]
         kv = self.kv_b_proj(latent).view(tokens, self.num_heads, -1)
         k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)

@@ -160,13 +160,13 @@ def attend(
     per_tile = 1 if tiles is None else tiles.shape[1]
     block_h = head_block(heads, per_tile)
     block_m = block_h * per_tile
-    if tiles is not None and tile is None and hopper_attention is not None:
-        if hopper_attention.fits(q, latent_width, block_m):
-            hopper_attention.attend_tiles(
-                q, cache, slots, lengths, tiles, scale=scale, out=out, lse=lse, first_split=first_split, splits=splits,
-                split_tokens=split_tokens, block_h=block_h,
-            )  # fmt: skip
-            return
+    hopper = hopper_attention if tiles is not None and tile is None else None
+    if tiles is not None and hopper is not None and hopper.fits(q, latent_width, block_m):
+        hopper.attend_tiles(
+            q, cache, slots, lengths, tiles, scale=scale, out=out, lse=lse, first_split=first_split, splits=splits,
+            split_tokens=split_tokens, block_h=block_h,
+        )  # fmt: skip
+        return
     tile = tile or default_tile(block_m, num_rows, cache.shape[1], q.dtype)
     grid = (num_rows if tiles is None else tiles.shape[0], splits, cdiv(heads, block_h))
     c_pow2, r_pow2 = (max(16, next_power_of_2(n)) for n in (latent_width, width - latent_width))
@@ -193,8 +193,8 @@ def head_block(heads: int, rows_per_tile: int) -> int:
 
 
 def default_tile(query_rows: int, num_rows: int, capacity: int, dtype: torch.dtype) -> AttentionTile:
-    """Block of cached tokens for programs of so many query rows (rows x heads) over slots of `capacity` tokens, measured
-    on an H200."""
+    """Block of cached tokens for programs of so many query rows (rows x heads) over slots of `capacity` tokens, as
+    measured on an H200."""
     if dtype == torch.float32:
         return AttentionTile(16, 8 if query_rows > 16 else 4, 1)
     if query_rows <= 16:

@@ -30,7 +30,7 @@ from rl.rollout.arena import Zeros, torch_zeros
 from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
 from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts
-from rl.rollout.kernels.norm import combine_norm
+from rl.rollout.kernels.norm import combine_norm, embed_norm
 from rl.rollout.kernels.projections import absorb, merge_and_expand
 from rl.rollout.kernels.router import route, router_scratch
 
@@ -91,7 +91,7 @@ class FusedDecoder:
             return zeros(shape, self.dtype)
 
         heads, latent = config.num_attention_heads, config.kv_lora_rank
-        self._hidden = empty(rows, width)
+        self._x, self._hidden = empty(rows, width), empty(rows, width)
         self._logits = empty(rows, config.vocab_size)  # outside the graphs' pool, so it goes with the rollout
         self._q = empty(rows, heads, config.cache_width)
         self._mixed = empty(rows, heads * config.v_head_dim)
@@ -141,14 +141,16 @@ class FusedDecoder:
 
         `counts` must be zero on entry (`rows.begin` clears it). The logits are valid until the next call."""
         num_rows = inputs.tokens.shape[0]
-        x = F.embedding(inputs.tokens, self.policy.model.embed_tokens.weight)
-        hidden = self._hidden[:num_rows]
+        x, hidden = self._x[:num_rows], self._hidden[:num_rows]
         parts: torch.Tensor | None = None
         shared: torch.Tensor | None = None
         moe_index = 0
         for i, layer in enumerate(self.layers):
             norm = layer.module.input_layernorm
-            combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
+            if i == 0:
+                embed_norm(inputs.tokens, self.policy.model.embed_tokens.weight, norm.weight, norm.eps, x=x, out=hidden)
+            else:
+                combine_norm(x, parts, shared, norm.weight, norm.eps, out=hidden)
             attended = self._attention(hidden, layer, inputs, own[i], prompt[i])
             norm = layer.module.post_attention_layernorm
             combine_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps, out=hidden)

@@ -251,8 +251,8 @@ def _down_kernel(
 
 
 def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """-> tiles of the two launches for so many rows an expert on average; the best of about ten each on an H200. No gain
-    there: a fixed number of programs that share the tiles out, with or without loading the next tile while one ends."""
+    """-> tiles of the two launches for so many rows an expert on average; the best of about ten each on an H200 (no
+    gain: a fixed number of programs that share the tiles out, with or without loading the next tile while one ends)."""
     if dtype == torch.float32:
         return Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)
     if rows_per_expert <= 12:

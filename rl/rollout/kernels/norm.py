@@ -1,5 +1,7 @@
 """Residual sum and RMSNorm in one pass: x += sum of the parts of the last block's output; h = x / rms(x) * weight.
 
+`embed_norm` begins with x = the tokens' embeddings instead.
+
 In: residual x (N, D), parts (N, P, D) (those of `moe.grouped_experts`, or one: an attention block's output) and
 optionally extra (N, D), summed in fp32. Out: x in place (rounded once to its dtype, and normalised as rounded, like
 the trainer's) and h (N, D). """
@@ -16,6 +18,8 @@ from rl.rollout.kernels.layout import next_power_of_2
 @triton.jit
 def _combine_norm_kernel(
     x_ptr,
+    tokens_ptr,
+    table_ptr,
     parts_ptr,
     extra_ptr,
     weight_ptr,
@@ -28,8 +32,12 @@ def _combine_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, D_POW2)
     inside = column < D
-    x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0)
     dtype = x_ptr.dtype.element_ty
+    if tokens_ptr is None:
+        x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0)
+    else:
+        x = tl.load(table_ptr + tl.load(tokens_ptr + row).to(tl.int64) * D + column, mask=inside, other=0.0)
+        tl.store(x_ptr + row * D + column, x, mask=inside)
     if PARTS > 0:
         total = tl.zeros((D_POW2,), tl.float32)
         for part in tl.static_range(PARTS):
@@ -56,7 +64,19 @@ def combine_norm(
     """x: (N, D), updated in place; parts: (N, P, D) contiguous and extra: (N, D), or None for none -> out (N, D)."""
     num_rows, width = x.shape
     _combine_norm_kernel[(num_rows,)](
-        x, parts, extra, weight, out, eps, D=width, D_POW2=next_power_of_2(width),
+        x, None, None, parts, extra, weight, out, eps, D=width, D_POW2=next_power_of_2(width),
         PARTS=0 if parts is None else parts.shape[1], num_warps=8 if width > 1024 else 4,
+    )  # fmt: skip
+    return out
+
+
+def embed_norm(
+    tokens: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float, *, x: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """tokens: (N,) integers; table: (V, D), contiguous -> x (N, D), their embeddings; out (N, D), normalised."""
+    num_rows, width = x.shape
+    _combine_norm_kernel[(num_rows,)](
+        x, tokens, table, None, None, weight, out, eps, D=width, D_POW2=next_power_of_2(width),
+        PARTS=0, num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
     return out

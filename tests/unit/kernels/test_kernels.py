@@ -52,6 +52,15 @@ def test_combine_norm(dtype: torch.dtype, rows: int, width: int, parts: int, mor
     assert_near(x, residual, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_norm(dtype: torch.dtype) -> None:
+    table, weight, tokens = drawn(7, 40, dtype=dtype), drawn(40, dtype=dtype, seed=1), torch.tensor([6, 0, 6])
+    x, out = poison(3, 40, dtype=dtype), poison(3, 40, dtype=dtype)
+    norm.embed_norm(tokens.to(DEVICE), table, weight, 1e-5, x=x, out=out)
+    assert torch.equal(x.cpu(), table.cpu()[tokens])
+    assert_near(out, reference.combine_norm(x, None, None, weight, 1e-5)[1], dtype)
+
+
 ROUTINGS = {
     "random": lambda n, e, k: torch.rand(n, e, generator=torch.Generator().manual_seed(n)).topk(k).indices,
     "all_to_one": lambda n, e, k: torch.arange(k).expand(n, k),
