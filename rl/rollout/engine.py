@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class Engine:
     max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
     prefill_tokens: most prompt tokens in one forward (None: 8,192, on a GPU 32,768). steps_per_look: decode steps
-    between two looks of the host at which rows have ended (None: 1, and 8 where steps are captured in CUDA graphs).
+    between two looks of the host at which rows have ended (None: 1, and 2 to 8 where steps are captured in CUDA graphs).
     look_behind: queue those steps before reading the look that precedes them, so that the device decodes while the host
     takes rows out and prefills prompts; ended rows stay that much longer (None: where steps are captured).
     batch_invariant: see the top of this file. `stats` describes the last `generate`."""
@@ -67,7 +68,7 @@ class Engine:
         if not captured and policy.lm_head.weight.device.type != "cpu":
             _log.warning("decode goes without kernels and CUDA graphs, which is slower: %s", self.plain_because)
         if steps_per_look is None:
-            steps_per_look = 8 if captured else 1
+            steps_per_look = _steps_per_look(policy) if captured else 1
         if prefill_tokens is None:
             prefill_tokens = 32768 if policy.lm_head.weight.is_cuda else 8192
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_look", steps_per_look)):
@@ -109,13 +110,23 @@ class Engine:
         check_requests(requests, params)
         if not requests:
             return []
+        began = time.perf_counter()
         arena = None if self.plain_because else self.graph_keeper().arena
         with arena or contextlib.nullcontext():
             zeros = torch_zeros(self.policy.lm_head.weight.device) if arena is None else arena.zeros
             rollout = Rollout(self, requests, params, on_group, zeros)
             groups = rollout.run()
-            self.stats = rollout.stats() | {"arena_bytes": 0 if arena is None else arena.bytes}
+            stats = rollout.stats() | {"arena_bytes": 0 if arena is None else arena.bytes}
+        seconds = time.perf_counter() - began  # with taking and giving back memory
+        self.stats = stats | {"seconds": seconds, "tokens_per_s": stats["tokens"] / seconds}
         return groups
+
+
+def _steps_per_look(policy: Any) -> int:
+    """So many that a GPU takes some milliseconds for them, the host's time to take rows out and start others; more would
+    leave ended rows standing. By the policy's size, not by the clock: batches must be the same in every run."""
+    weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
+    return max(2, min(8, 2**34 // max(weight_bytes, 1)))
 
 
 def check_requests(requests: Sequence[RolloutRequest], params: SamplingParams) -> None:

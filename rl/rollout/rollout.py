@@ -282,8 +282,6 @@ class Rollout:
         return {
             "backend": self.stepper.name,
             "tokens": self.tokens,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens / self.seconds,
             "prefill_s": sum(seconds for seconds, _ in prefills),
             "decode_s": self.seconds - self.set_up_s - sum(s for s, waited_for in prefills if waited_for),
             "first_token_s": self.first_token_s,
