@@ -43,7 +43,7 @@ class Engine:
     max_batch_size: most rows decoded at once (None: as many as fit). cache_bytes: budget of the latent cache and the
     row outputs (None: a share of the free memory). decode_text: token ids -> text, needed for stop strings.
     prefill_tokens: most prompt tokens in one forward (None: 8,192, on a GPU 32,768). steps_per_look: decode steps
-    between two looks of the host at which rows have ended (None: 1, and 2 to 8 where steps are captured in CUDA graphs).
+    between two looks of the host at which rows have ended (None: 1; where steps are captured in CUDA graphs, 2 to 8).
     look_behind: queue those steps before reading the look that precedes them, so that the device decodes while the host
     takes rows out and prefills prompts; ended rows stay that much longer (None: where steps are captured).
     batch_invariant: see the top of this file. `stats` describes the last `generate`."""
@@ -123,8 +123,8 @@ class Engine:
 
 
 def _steps_per_look(policy: Any) -> int:
-    """So many that a GPU takes some milliseconds for them, the host's time to take rows out and start others; more would
-    leave ended rows standing. By the policy's size, not by the clock: batches must be the same in every run."""
+    """So many that a GPU takes some milliseconds for them, the host's time to take rows out and start others; more
+    would leave ended rows standing. By the policy's size, not by the clock: batches must be the same in every run."""
     weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
     return max(2, min(8, 2**34 // max(weight_bytes, 1)))
 
