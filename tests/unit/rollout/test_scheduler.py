@@ -79,14 +79,45 @@ def test_prefill_waits_until_it_is_worth_while() -> None:
     assert len(scheduler.turn_over([0]).new_rows) == 2
 
 
-@pytest.mark.parametrize("seed", range(20))
+def test_prompts_are_fetched_ahead_of_their_rows() -> None:
+    scheduler = Scheduler(requests(2, 2, 2, 2, 2), slots=2, prompt_slots=4, limit_of=nine, ahead=2, admit_at_least=2)
+    assert [group.index for group in scheduler.turn_over([]).new_prompts] == [0]  # nothing runs yet: at once
+    assert [group.index for group in scheduler.prefetch()] == [1, 2]  # twice as many rows as are to be ready
+    assert scheduler.prefetch() == []
+    end(scheduler, 1)
+    turn = scheduler.turn_over([1])  # its prompt is there: no waiting for a second free slot
+    assert names(scheduler) == [(0, 0), (1, 0)] and turn.new_prompts == [] and turn.new_rows[0].prompt_slot == 1
+    assert scheduler.prefetch() == []
+    for slot in (0, 1):
+        end(scheduler, slot)
+    scheduler.turn_over([0, 1])
+    assert names(scheduler) == [(1, 1), (2, 0)]
+    assert [group.index for group in scheduler.prefetch()] == [3, 4]
+    for slot in (0, 1):
+        end(scheduler, slot)
+    scheduler.turn_over([0, 1])
+    assert names(scheduler) == [(2, 1), (3, 0)]
+
+
+def test_while_rows_run_others_wait_for_their_prompt() -> None:
+    scheduler = Scheduler(requests(1, 1, 1), slots=2, prompt_slots=3, limit_of=nine, ahead=1)
+    scheduler.turn_over([])
+    end(scheduler, 0)
+    assert scheduler.turn_over([0]).moves == [(1, 0)]  # not prefetched yet, and the other row need not stop for it
+    assert [group.index for group in scheduler.prefetch()] == [2]
+    assert scheduler.turn_over([]).new_rows[0].slot == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_every_row_runs_once_and_slots_are_never_shared(seed: int) -> None:
     rng = random.Random(seed)
     groups = [rng.randint(1, 6) for _ in range(rng.randint(1, 12))]
     slots, prompt_slots = rng.randint(1, 9), rng.randint(1, 5)
     scheduler = Scheduler(
-        requests(*groups), slots=slots, prompt_slots=prompt_slots, limit_of=nine, admit_at_least=rng.randint(1, 3)
-    )
+        requests(*groups), slots=slots, prompt_slots=prompt_slots, limit_of=nine, admit_at_least=rng.randint(1, 3),
+        ahead=rng.choice([0, 1, 5]),
+    )  # fmt: skip
+    fetched: list[int] = []
     table: dict[int, tuple[int, int]] = {}  # what the device would hold in each slot
     seen: list[tuple[int, int]] = []
     ended: list[int] = []
@@ -97,7 +128,9 @@ def test_every_row_runs_once_and_slots_are_never_shared(seed: int) -> None:
         for source, target in turn.moves:
             assert source > target
             table[target] = before[source]
+        fetched += [group.index for group in turn.new_prompts]
         for spec in turn.new_rows:
+            assert scheduler.rows[spec.slot].group.index in fetched
             table[spec.slot] = (row := scheduler.rows[spec.slot]).group.index, row.k
             seen.append(table[spec.slot])
         if not scheduler.rows:
@@ -106,10 +139,12 @@ def test_every_row_runs_once_and_slots_are_never_shared(seed: int) -> None:
         assert list(table.values()) == names(scheduler) and len(table) <= slots
         held = {row.group.index: row.group.prompt_slot for row in scheduler.rows}
         assert None not in held.values() and len(set(held.values())) == len(held) <= prompt_slots
+        fetched += [group.index for group in scheduler.prefetch()]
         ended = sorted(rng.sample(range(len(table)), rng.randint(0, len(table))))
         for slot in ended:
             end(scheduler, slot)
     assert sorted(seen) == [(g, k) for g, n in enumerate(groups) for k in range(n)]
+    assert fetched == list(range(len(groups)))
 
 
 def test_the_cache_plan_fills_the_budget() -> None:
