@@ -14,7 +14,10 @@ N for each part of the shared expert, in natural order (x itself is read for the
 Both products are one kernel. A program has three parts: one warp keeps copies into a ring of shared memory stages
 going (two blocks of 128 rows of weights, ROWS sorted rows, 64 deep), across the ends of tiles; two warpgroups multiply,
 each 64 rows of both weight blocks, so that gate and up of a column meet in one thread. Weights are the left operand:
-rows that a tile reads beyond its expert's own are columns of the result which are not stored."""
+rows that a tile reads beyond its expert's own are columns of the result which are not stored.
+
+Tiles of the shared expert are spread evenly among the others. They find their weights in the L2 cache, the others
+theirs in memory: one kind after the other would leave one of the two idle."""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def _sort_kernel(
     ROWS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Program 0: the table, which is (tiles, -, -, -), then (expert or -1 - part, first place, places, -) of each tile.
+    """Program 0: the table, which is (tiles, -, -, -), then (expert, first place, places, -) of each routed tile.
     The others: PLACES places each."""
     SLOTS: tl.constexpr = TOP_K + PARTS
     num_routed = num_rows * TOP_K
@@ -78,27 +81,20 @@ def _sort_kernel(
     counts, tile_ends = _experts_ends(counts_ptr, NUM_EXPERTS, EXPERTS_POW2, ROWS)
     ends = tl.cumsum(counts, 0)
     if tl.program_id(0) == 0:
-        tiles_per_part = (num_rows + ROWS - 1) // ROWS
-        shared_tiles = PARTS * tiles_per_part
-        tiles = shared_tiles + tl.max(tile_ends, 0)
+        tiles = tl.max(tile_ends, 0)
         tl.store(table_ptr, tiles)
         firsts = tile_ends - (counts + ROWS - 1) // ROWS  # an expert's first tile
         for start in range(0, tiles, 64):
             tile = start + tl.arange(0, 64)
-            is_shared = tile < shared_tiles
-            part = tile // tiles_per_part
-            row = tile % tiles_per_part * ROWS
-            index = tile - shared_tiles
-            expert = tl.sum((tile_ends[None, :] <= index[:, None]).to(tl.int32), 1)
+            expert = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
             here = ids[None, :] == expert[:, None]
-            done = (index - tl.sum(tl.where(here, firsts[None, :], 0), 1)) * ROWS
+            done = (tile - tl.sum(tl.where(here, firsts[None, :], 0), 1)) * ROWS
             count = tl.sum(tl.where(here, counts[None, :], 0), 1)
             begin = tl.sum(tl.where(here, (ends - counts)[None, :], 0), 1)
             entry = table_ptr + (tile + 1) * 4
-            there = tile < tiles
-            tl.store(entry, tl.where(is_shared, -1 - part, expert), mask=there)
-            tl.store(entry + 1, tl.where(is_shared, num_routed + part * num_rows + row, begin + done), mask=there)
-            tl.store(entry + 2, tl.minimum(tl.where(is_shared, num_rows - row, count - done), ROWS), mask=there)
+            tl.store(entry, expert, mask=tile < tiles)
+            tl.store(entry + 1, begin + done, mask=tile < tiles)
+            tl.store(entry + 2, tl.minimum(count - done, ROWS), mask=tile < tiles)
         return
     place = (tl.program_id(0) - 1) * PLACES + tl.arange(0, PLACES)
     expert = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
@@ -120,6 +116,47 @@ def _sort_kernel(
 
 
 @gluon.jit
+def _pieces(listing, ROWS: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
+    """How many there are, a piece being COLUMNS columns of one tile. listing: (table_ptr, num_rows, num_routed)."""
+    table_ptr, num_rows, _ = listing
+    across: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    return (gl.load(table_ptr) + PARTS * ((num_rows + ROWS - 1) // ROWS)) * across
+
+
+@gluon.jit
+def _piece(work, pieces, listing, ROWS: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
+    """-> of the work-th piece: expert or -1 - part, first place, places, first column. All columns of an expert's tile
+    are neighbours; so are all tiles of a shared column."""
+    table_ptr, num_rows, num_routed = listing
+    across: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    if PARTS == 0:
+        entry = table_ptr + (work // across + 1) * 4
+        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), work % across * COLUMNS
+    tiles = (num_rows + ROWS - 1) // ROWS
+    shared = (PARTS * tiles * across).to(gl.int64)
+    before = (work * shared // pieces).to(gl.int32)  # shared ones before this
+    is_shared = ((work + 1) * shared // pieces).to(gl.int32) > before
+    index = work - before
+    entry = table_ptr + (index // across + 1) * 4
+    owner = gl.load(entry, mask=is_shared == 0, other=0)
+    first = gl.load(entry + 1, mask=is_shared == 0, other=0)
+    count = gl.load(entry + 2, mask=is_shared == 0, other=0)
+    part, row = before // tiles // across, before % tiles * ROWS
+    owner = gl.where(is_shared, -1 - part, owner)
+    first = gl.where(is_shared, num_routed + part * num_rows + row, first)
+    count = gl.where(is_shared, gl.minimum(num_rows - row, ROWS), count)
+    return owner, first, count, gl.where(is_shared, before // tiles, index) % across * COLUMNS
+
+
+@gluon.jit
+def _copy_rows(desc, row, depth, count, arrived, buffer):
+    """Blocks of rows, as many as `count` rows need."""
+    block: gl.constexpr = desc.block_shape[0]
+    for i in gl.static_range(buffer.shape[0] // block):
+        _copy(desc, [row + i * block, depth], arrived, buffer.slice(i * block, block), pred=count > i * block)
+
+
+@gluon.jit
 def _feed(
     INNER: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -127,24 +164,20 @@ def _feed(
     GATED: gl.constexpr,
     descriptors,
     buffers,
-    table_ptr,
-    tiles,
-    num_rows,
-    num_routed,
+    listing,
 ):
     """The copying warp."""
     rows_desc, shared_rows_desc, matrix_desc, shared_first_desc, shared_second_desc = descriptors
     matrices, rows, full, empty = buffers
     stages: gl.constexpr = rows.shape[0]
-    size: gl.constexpr = (2 * BLOCK + rows.shape[1]) * DEPTH * 2
+    block: gl.constexpr = rows_desc.block_shape[0]
+    blocks: gl.constexpr = rows.shape[1] // block
     columns: gl.constexpr = BLOCK if GATED else 2 * BLOCK
-    across: gl.constexpr = (WIDTH + columns - 1) // columns
+    pieces = _pieces(listing, rows.shape[1], PARTS, columns, WIDTH)
     stage = gl.program_id(0) * 0
     phase = stage + 1
-    for work in range(gl.program_id(0), tiles * across, gl.num_programs(0)):
-        entry = table_ptr + (work // across + 1) * 4
-        owner, first = gl.load(entry), gl.load(entry + 1)
-        column = work % across * columns
+    for work in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        owner, first, count, column = _piece(work, pieces, listing, rows.shape[1], PARTS, columns, WIDTH)
         if GATED:
             matrix, second = owner * (2 * WIDTH) + column, owner * (2 * WIDTH) + WIDTH + column
         else:
@@ -152,23 +185,26 @@ def _feed(
         for depth in range(0, INNER, DEPTH):
             mbarrier.wait(empty.index(stage), phase)
             arrived = full.index(stage)
-            mbarrier.expect(arrived, size)
+            mbarrier.expect(arrived, (2 * BLOCK + block) * DEPTH * 2)
+            for i in gl.static_range(1, blocks):
+                mbarrier.expect(arrived, block * DEPTH * 2, pred=count > i * block)
+                mbarrier.arrive(arrived, count=1, pred=count <= i * block)
             if owner >= 0:
                 _copy(matrix_desc, [matrix, depth], arrived, matrices.index(2 * stage))
                 _copy(matrix_desc, [second, depth], arrived, matrices.index(2 * stage + 1))
-                _copy(rows_desc, [first, depth], arrived, rows.index(stage))
+                _copy_rows(rows_desc, first, depth, count, arrived, rows.index(stage))
             elif PARTS > 0 and GATED:
                 part = -1 - owner
                 row = part * WIDTH + column
-                own_row = first - num_routed - part * num_rows
+                own_row = first - listing[2] - part * listing[1]
                 _copy(shared_first_desc, [row, depth], arrived, matrices.index(2 * stage))
                 _copy(shared_second_desc, [row, depth], arrived, matrices.index(2 * stage + 1))
-                _copy(shared_rows_desc, [own_row, depth], arrived, rows.index(stage))
+                _copy_rows(shared_rows_desc, own_row, depth, count, arrived, rows.index(stage))
             elif PARTS > 0:
                 inner = (-1 - owner) * INNER + depth
                 _copy(shared_first_desc, [column, inner], arrived, matrices.index(2 * stage))
                 _copy(shared_second_desc, [column + BLOCK, inner], arrived, matrices.index(2 * stage + 1))
-                _copy(shared_rows_desc, [first, depth], arrived, rows.index(stage))
+                _copy_rows(shared_rows_desc, first, depth, count, arrived, rows.index(stage))
             stage += 1
             if stage == stages:
                 stage = 0
@@ -216,11 +252,11 @@ def _warpgroup(
     me: gl.constexpr,
     INNER: gl.constexpr,
     WIDTH: gl.constexpr,
+    PARTS: gl.constexpr,
     GATED: gl.constexpr,
     buffers,
+    listing,
     staging,
-    table_ptr,
-    tiles,
     order_ptr,
     scales_ptr,
     out_ptr,
@@ -230,21 +266,23 @@ def _warpgroup(
     stages: gl.constexpr = rows.shape[0]
     places: gl.constexpr = rows.shape[1]
     columns: gl.constexpr = BLOCK if GATED else 2 * BLOCK
-    across: gl.constexpr = (WIDTH + columns - 1) // columns
+    pieces = _pieces(listing, places, PARTS, columns, WIDTH)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, places, 16])
     staged = staging.index(me)
     stage = gl.program_id(0) * 0
     phase = gl.program_id(0) * 0
-    for work in range(gl.program_id(0), tiles * across, gl.num_programs(0)):
-        entry = table_ptr + (work // across + 1) * 4
-        begin, count = gl.load(entry + 1), gl.load(entry + 2)
-        column = work % across * columns + me * HALF
+    for work in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        _, begin, count, column = _piece(work, pieces, listing, places, PARTS, columns, WIDTH)
+        column += me * HALF
+        place = gl.arange(0, places, gl.SliceLayout(0, layout))
+        if GATED:  # here, so that nobody waits for it
+            scale = gl.load(scales_ptr + begin + place, mask=place < count, other=0.0)
         first = gl.zeros((HALF, places), gl.float32, layout)
         second = gl.zeros((HALF, places), gl.float32, layout)
         first, second = _multiply(me, first, second, buffers, stage, phase, False)
         before = stage
         stage, phase = _next(stage, phase, stages)
-        for _ in range(DEPTH, INNER, DEPTH):
+        for _depth in range(DEPTH, INNER, DEPTH):
             first, second = _multiply(me, first, second, buffers, stage, phase, True)
             _barrier()
             mbarrier.arrive(empty.index(before), count=1)
@@ -254,8 +292,6 @@ def _warpgroup(
         _barrier()
         mbarrier.arrive(empty.index(before), count=1)
         if GATED:
-            place = gl.arange(0, places, gl.SliceLayout(0, layout))
-            scale = gl.load(scales_ptr + begin + place, mask=place < count, other=0.0)
             gate = first.to(staged.dtype).to(gl.float32)
             up = second.to(staged.dtype).to(gl.float32)
             act = gate / (1.0 + gl.exp(-gate)) * up
@@ -280,31 +316,33 @@ def _experts_kernel(
     num_routed,
     INNER: gl.constexpr,
     WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
     PARTS: gl.constexpr,
     GATED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    """GATED: the second launch, with gate and up (or both in one stack of matrices); else the third, with down twice.
+    INNER: depth of the product, WIDTH: columns of the result."""
     dtype: gl.constexpr = rows_desc.dtype
-    places: gl.constexpr = rows_desc.block_shape[0]
     matrices = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK, DEPTH], matrix_desc.layout)  # stage * 2 + which
-    rows = gl.allocate_shared_memory(dtype, [STAGES, places, DEPTH], rows_desc.layout)
-    staging = gl.allocate_shared_memory(dtype, [2, places, HALF], rows_desc.layout)
+    rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], rows_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [2, ROWS, HALF], rows_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # copies have arrived
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # both warpgroups have read
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=ROWS // rows_desc.block_shape[0])
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     _barrier()
-    tiles = gl.load(table_ptr)
     buffers = (matrices, rows, full, empty)
+    listing = (table_ptr, num_rows, num_routed)
     descriptors = (rows_desc, shared_rows_desc, matrix_desc, shared_first_desc, shared_second_desc)
     # Constants stand in the call itself: a tuple that has a name holds them as tensors.
     gl.warp_specialize(
         [
-            (_warpgroup, (0, INNER, WIDTH, GATED, buffers, staging, table_ptr, tiles, order_ptr, scales_ptr, out_ptr)),
-            (_warpgroup, (1, INNER, WIDTH, GATED, buffers, staging, table_ptr, tiles, order_ptr, scales_ptr, out_ptr)),
-            (_feed, (INNER, WIDTH, PARTS, GATED, descriptors, buffers, table_ptr, tiles, num_rows, num_routed)),
+            (_warpgroup, (0, INNER, WIDTH, PARTS, GATED, buffers, listing, staging, order_ptr, scales_ptr, out_ptr)),
+            (_warpgroup, (1, INNER, WIDTH, PARTS, GATED, buffers, listing, staging, order_ptr, scales_ptr, out_ptr)),
+            (_feed, (INNER, WIDTH, PARTS, GATED, descriptors, buffers, listing)),
         ],
         [4, 1],
         [232, 40],
@@ -334,12 +372,14 @@ def grouped_experts(
     act: torch.Tensor,
     out: torch.Tensor,
     rows: int | None = None,
+    block: int | None = None,
 ) -> torch.Tensor:
-    """As `moe.grouped_experts`, except that act holds places, not assignments. rows: 32, 64 or 128 places a tile."""
+    """As `moe.grouped_experts`, except that act holds places, not assignments. rows: 32, 64 or 128 places a tile.
+    block: rows of one copy, of which a tile that is not full has fewer."""
     rows = rows or default_rows(x.shape[0] * weights.shape[1] / experts.down.shape[0])
     sort_rows(x, experts, weights, counts, lists, scratch, rows=rows)
-    multiply(x, experts, weights.shape[1], scratch, rows=rows, act=act)
-    return multiply_back(experts, weights.shape, scratch, rows=rows, act=act, out=out)
+    multiply(x, experts, weights.shape[1], scratch, rows=rows, block=block or rows, act=act)
+    return multiply_back(experts, weights.shape, scratch, rows=rows, block=block or rows, act=act, out=out)
 
 
 def sort_rows(
@@ -352,7 +392,7 @@ def sort_rows(
     *,
     rows: int,
 ) -> None:
-    """The first launch: fills `scratch`, with tiles of so many rows."""
+    """The first launch: fills `scratch`, for tiles of so many rows."""
     (num_rows, width), top_k, num_experts, places = x.shape, weights.shape[1], experts.down.shape[0], 4
     _sort_kernel[(1 + cdiv(num_rows * (top_k + experts.parts), places),)](
         x, weights, counts, lists, scratch.rows, scratch.order, scratch.scales, scratch.table, num_rows,
@@ -363,7 +403,14 @@ def sort_rows(
 
 
 def multiply(
-    x: torch.Tensor, experts: ExpertWeights, top_k: int, scratch: SortedRows, *, rows: int, act: torch.Tensor
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    top_k: int,
+    scratch: SortedRows,
+    *,
+    rows: int,
+    block: int,
+    act: torch.Tensor,
 ) -> None:
     """The second launch: act (N * P, I), at places."""
     num_rows, width = x.shape
@@ -372,8 +419,8 @@ def multiply(
     shared = (_matrix(experts, "shared_gate"), _matrix(experts, "shared_up")) if experts.parts else (matrix, matrix)
     sorted_rows = scratch.rows.view(-1)[: routed * width].view(routed, width)
     _launch(
-        _described(sorted_rows, rows), _described(x, rows), matrix, *shared, scratch, act, num_rows, routed,
-        inner=width, width=act.shape[-1], parts=experts.parts, gated=True,
+        _described(sorted_rows, block), _described(x, block), matrix, *shared, scratch, act, num_rows, routed,
+        inner=width, width=act.shape[-1], rows=rows, parts=experts.parts, gated=True,
     )  # fmt: skip
 
 
@@ -383,6 +430,7 @@ def multiply_back(
     scratch: SortedRows,
     *,
     rows: int,
+    block: int,
     act: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -392,17 +440,17 @@ def multiply_back(
     places = num_rows * (top_k + experts.parts)
     matrix = _matrix(experts, "down")
     shared = _matrix(experts, "shared_down") if experts.parts else matrix
-    acts = _described(act.view(-1)[: places * inner].view(places, inner), rows)
+    acts = _described(act.view(-1)[: places * inner].view(places, inner), block)
     _launch(
         acts, acts, matrix, shared, shared, scratch, out, num_rows, num_rows * top_k,
-        inner=inner, width=out.shape[-1], parts=experts.parts, gated=False,
+        inner=inner, width=out.shape[-1], rows=rows, parts=experts.parts, gated=False,
     )  # fmt: skip
     return out
 
 
 def _launch(
-    rows: TensorDescriptor,
-    shared_rows: TensorDescriptor,
+    row_blocks: TensorDescriptor,
+    shared_row_blocks: TensorDescriptor,
     matrix: TensorDescriptor,
     shared_first: TensorDescriptor,
     shared_second: TensorDescriptor,
@@ -413,14 +461,15 @@ def _launch(
     *,
     inner: int,
     width: int,
+    rows: int,
     parts: int,
     gated: bool,
 ) -> None:
-    places = rows.block_shape[0]
-    stages = (_SHARED_BYTES - 2 * places * HALF.value * 2) // ((2 * BLOCK.value + places) * DEPTH.value * 2)
+    stages = (_SHARED_BYTES - 2 * rows * HALF.value * 2) // ((2 * BLOCK.value + rows) * DEPTH.value * 2)
     _experts_kernel[(_multiprocessors(out.device),)](
-        rows, shared_rows, matrix, shared_first, shared_second, scratch.table, scratch.order, scratch.scales, out,
-        num_rows, routed, INNER=inner, WIDTH=width, PARTS=parts, GATED=gated, STAGES=stages, num_warps=4,
+        row_blocks, shared_row_blocks, matrix, shared_first, shared_second, scratch.table, scratch.order,
+        scratch.scales, out, num_rows, routed, INNER=inner, WIDTH=width, ROWS=rows, PARTS=parts, GATED=gated,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ bulk copy engine and are the left operand (their rows are the wgmma M dimension)
 operand may be as narrow as 16 columns. Measured on an H200: 4.4 TB/s of weights at 6 rows an expert, as fast as a plain
 read; torch's grouped_mm with its gathers takes 2.0 to 2.7 times as long at 24 to 96 rows.
 
+Many rows an expert are arithmetic as much as bandwidth: `hopper_experts` is quicker there, where it is to be had.
+
 Rounding is the trainer's (`rl.policy.moe`): gate and up rounded to the dtype, the routing weight multiplied into the
 activation, then one rounding. Rows do not depend on their place in a list, so the order in which the router's atomics
 filled it does not show in the result.
@@ -108,7 +110,7 @@ class SortedRows:
     ) -> SortedRows:
         """For at most so many rows of `width` elements; parts: S or more."""
         places, smallest = num_rows * (top_k + parts), 32
-        tiles = parts * cdiv(num_rows, smallest) + num_rows * top_k // smallest + experts
+        tiles = num_rows * top_k // smallest + experts
         return cls(
             zeros((num_rows * top_k, width), dtype),
             zeros((places,), torch.int32),
