@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from rl.rollout.arena import Zeros, torch_zeros
 from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
-from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts
+from rl.rollout.kernels.moe import ExpertWeights, SortedRows, gated_rows, grouped_experts, sorts_rows
 from rl.rollout.kernels.norm import combine_norm, embed_norm
 from rl.rollout.kernels.projections import absorb, merge_and_expand
 from rl.rollout.kernels.router import route, router_scratch
@@ -99,6 +99,7 @@ class FusedDecoder:
         self._partial = empty(most * heads * latent)
         self._lse = zeros((most * heads,), torch.float32)
         self.counts: torch.Tensor | None = None
+        self._sorted: SortedRows | None = None
         dense, moe = config.intermediate_size, config.moe_layers
         if moe:
             experts, top_k, inner = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
@@ -108,6 +109,10 @@ class FusedDecoder:
             self._router_scratch = router_scratch(rows, experts, zeros)
             self._weights = zeros((rows, top_k), torch.float32)
             self._act = empty(rows * parts, inner)
+            if sorts_rows(rows * top_k / experts, self.dtype, self.device):
+                self._sorted = SortedRows.of(
+                    zeros, rows, top_k=top_k, parts=parts - top_k, experts=experts, width=width, dtype=self.dtype
+                )
             dense = max(dense, config.n_shared_experts * inner)
             self._y = empty(rows * parts, width)
         self._dense_act = empty(rows * dense)
@@ -224,7 +229,9 @@ class FusedDecoder:
         )  # fmt: skip
         slots = weights.shape[1] + experts.parts
         parts = self._y[: num_rows * slots].view(num_rows, slots, width)
-        grouped_experts(hidden, experts, weights, counts, self._lists, act=self._act, out=parts)
+        grouped_experts(
+            hidden, experts, weights, counts, self._lists, act=self._act, out=parts, sorted_rows=self._sorted
+        )
         if second is not None:
             main.wait_stream(second)
         return parts, shared

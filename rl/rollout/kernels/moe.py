@@ -14,6 +14,8 @@ bulk copy engine and are the left operand (their rows are the wgmma M dimension)
 operand may be as narrow as 16 columns. Measured on an H200: 4.4 TB/s of weights at 6 rows an expert, as fast as a plain
 read; torch's grouped_mm with its gathers takes 2.0 to 2.7 times as long at 24 to 96 rows.
 
+Many rows an expert are arithmetic as much as bandwidth: `hopper_experts` is quicker there, where it is to be had.
+
 Rounding is the trainer's (`rl.policy.moe`): gate and up rounded to the dtype, the routing weight multiplied into the
 activation, then one rounding. Rows do not depend on their place in a list, so the order in which the router's atomics
 filled it does not show in the result.
@@ -21,6 +23,8 @@ filled it does not show in the result.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rl.rollout.arena import Zeros
 from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 
 
@@ -54,7 +59,7 @@ class ExpertWeights:
     shared_gate: torch.Tensor | None = None
     shared_up: torch.Tensor | None = None
     shared_down: torch.Tensor | None = None
-    _made: dict[tuple[str, int, int], TensorDescriptor | None] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, moe: Any) -> ExpertWeights:
@@ -77,10 +82,38 @@ class ExpertWeights:
 
     def blocks(self, name: str, tile: Tile) -> TensorDescriptor | None:
         """The matrix of that name in blocks of `tile`, made once (5 us of the host; a layer has five)."""
-        key = (name, tile.out, tile.depth)
+        return self.kept((name, tile.out, tile.depth), lambda: _blocks(getattr(self, name), tile))
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` returned the first time."""
         if key not in self._made:
-            self._made[key] = _blocks(getattr(self, name), tile)
+            self._made[key] = make()
         return self._made[key]
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRows:
+    """Scratch of `hopper_experts`: rows (N * K, D), the routed ones by expert; of each place order (N * P,) int32, its
+    assignment number, and scales (N * P,) float32, its routing weight; table, int32: the tiles. Fewer rows use less."""
+
+    rows: torch.Tensor
+    order: torch.Tensor
+    scales: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, zeros: Zeros, num_rows: int, *, top_k: int, parts: int, experts: int, width: int, dtype: torch.dtype
+    ) -> SortedRows:
+        """For at most so many rows of `width` elements; parts: S or more."""
+        places, smallest = num_rows * (top_k + parts), 32
+        tiles = num_rows * top_k // smallest + experts
+        return cls(
+            zeros((num_rows * top_k, width), dtype),
+            zeros((places,), torch.int32),
+            zeros((places,), torch.float32),
+            zeros((4 * (1 + tiles),), torch.int32),
+        )
 
 
 @triton.jit
@@ -265,6 +298,16 @@ def default_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[Tile, Til
     return Tile(128, 64, 64, 8, 3, registers=128), Tile(128, 128, 64, 4, 3)
 
 
+SORT_FROM = math.inf
+"""Rows an expert on average beyond which `hopper_experts` is used where it can be."""
+
+
+def sorts_rows(rows_per_expert: float, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `grouped_experts` makes use of `SortedRows` with so many rows an expert on average."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return rows_per_expert > SORT_FROM and hopper and dtype.itemsize == 2
+
+
 def grouped_experts(
     x: torch.Tensor,
     experts: ExpertWeights,
@@ -275,13 +318,21 @@ def grouped_experts(
     act: torch.Tensor,
     out: torch.Tensor,
     tiles: tuple[Tile, Tile] | None = None,
+    sorted_rows: SortedRows | None = None,
 ) -> torch.Tensor:
     """x: (N, D); weights: (N, K) float32; counts: (E,) int32; lists: (E, >= N) int32 assignment numbers; act: scratch
     (N * P, I) -> out (N, P, D), whose sum over P is the layer's output. x and the expert tensors share one dtype and
-    are contiguous; routed parts of rows that are in no list keep what `out` held."""
+    are contiguous; routed parts of rows that are in no list keep what `out` held. sorted_rows: scratch for another
+    way, which is taken with many rows (`sorts_rows`) unless tiles are given."""
     num_rows, width = x.shape
     top_k, (num_experts, _, inner) = weights.shape[1], experts.down.shape
-    first, second = tiles or default_tiles(num_rows * top_k / num_experts, x.dtype)
+    rows_per_expert = num_rows * top_k / num_experts
+    if sorted_rows is not None and tiles is None and sorts_rows(rows_per_expert, x.dtype, x.device):
+        from rl.rollout.kernels import hopper_experts  # not every Triton has what it imports
+
+        if hopper_experts.fits(x, experts):
+            return hopper_experts.grouped_experts(x, experts, weights, counts, lists, sorted_rows, act=act, out=out)
+    first, second = tiles or default_tiles(rows_per_expert, x.dtype)
     common = {
         "D": width, "WIDTH": inner, "NUM_EXPERTS": num_experts, "TOP_K": top_k, "PARTS": experts.parts,
         "EXPERTS_POW2": next_power_of_2(num_experts + 1), "PRECISION": dot_precision(x.dtype),

@@ -34,7 +34,7 @@ from rl.policy.kernels import assemble_heads
 from rl.rollout.arena import torch_zeros
 from rl.rollout.kernels.decoder import FusedDecoder
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
-from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts
+from rl.rollout.kernels.moe import ExpertWeights, SortedRows, gated_rows, grouped_experts, sorts_rows
 from rl.rollout.kernels.norm import combine_norm
 from rl.rollout.kernels.projections import _rotated
 from rl.rollout.kernels.router import route, router_scratch
@@ -183,6 +183,7 @@ class _Experts:
     scratch: tuple[torch.Tensor, torch.Tensor]
     act: torch.Tensor
     parts: torch.Tensor
+    sorted_rows: SortedRows | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +296,12 @@ class FusedPrefill:
         config, (num_tokens, moe_layers, top_k), device = self._config, routes.shape, self._device
         slots, experts = top_k + config.n_shared_experts, config.n_routed_experts
         list_stride = cdiv(num_tokens, 16) * 16  # aligned for every T: the router is compiled once
+        sorted_rows = None
+        if sorts_rows(num_tokens * top_k / experts, self._dtype, device):
+            sorted_rows = SortedRows.of(
+                lambda shape, dtype: self._empty(*shape, dtype=dtype), num_tokens, top_k=top_k, parts=slots - top_k,
+                experts=experts, width=config.hidden_size, dtype=self._dtype,
+            )  # fmt: skip
         return _Experts(
             rows=torch.arange(num_tokens, dtype=torch.int32, device=device),
             records=routes.unsqueeze(1).expand(-1, max_seqlen, -1, -1).unbind(2),
@@ -304,6 +311,7 @@ class FusedPrefill:
             scratch=router_scratch(num_tokens, experts, torch_zeros(device)),
             act=self._empty(num_tokens * slots, config.moe_intermediate_size),
             parts=self._empty(num_tokens, slots, config.hidden_size),
+            sorted_rows=sorted_rows,
         )
 
     def _attention(self, hidden: torch.Tensor, layer: _Layer, cache: torch.Tensor, call: _Call) -> torch.Tensor:
@@ -348,7 +356,10 @@ def _routed(
         hidden, router, num_shared=experts.parts, slots=shared.rows, places=call.positions, weights=shared.weights,
         counts=counts, lists=shared.lists, record=shared.records[index], scratch=shared.scratch,
     )  # fmt: skip
-    return grouped_experts(hidden, experts, shared.weights, counts, shared.lists, act=shared.act, out=shared.parts)
+    return grouped_experts(
+        hidden, experts, shared.weights, counts, shared.lists, act=shared.act, out=shared.parts,
+        sorted_rows=shared.sorted_rows,
+    )  # fmt: skip
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

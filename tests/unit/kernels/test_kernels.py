@@ -101,6 +101,110 @@ def test_grouped_experts(
         assert_near(out.float().sum(1), expected, dtype)
 
 
+SORTED = {  # rows, of which the first are idle; experts, choices
+    "last_experts_empty": (40, 3, 8, 2),
+    "one_row": (1, 0, 4, 2),
+    "all_to_one": (300, 0, 8, 1),
+    "129_in_one": (129, 0, 4, 1),
+    "random": (300, 7, 8, 4),
+}
+
+
+def listed(rows: int, idle: int, experts: int, top_k: int, shared: int, routing: str):
+    """-> routes (N, K), counts, lists."""
+    routes = ROUTINGS[routing if routing in ROUTINGS else "all_to_one"](rows, experts, top_k)
+    counts, lists = torch.zeros(experts, dtype=torch.int32), torch.full((experts, rows + 3), -9, dtype=torch.int32)
+    for n in range(idle, rows):
+        for k, expert in enumerate(routes[n].tolist()):
+            lists[expert, counts[expert]] = n * (top_k + shared) + k
+            counts[expert] += 1
+    return routes, counts, lists
+
+
+@pytest.mark.parametrize("routing", list(SORTED))
+@pytest.mark.parametrize("shared", [0, 2])
+def test_sort_rows(routing: str, shared: int) -> None:
+    """Every place holds its assignment's row and weight; tiles cover every routed place once, an expert each."""
+    hopper_experts = pytest.importorskip("rl.rollout.kernels.hopper_experts")
+    rows, idle, experts, top_k = SORTED[routing]
+    _, counts, lists = listed(rows, idle, experts, top_k, shared, routing)
+    x, weights, down = drawn(rows, 64), drawn(rows, top_k, seed=1).abs(), drawn(experts, 64, 64)
+    extra = [drawn(shared * 64, 64), drawn(shared * 64, 64), drawn(64, shared * 64)] if shared else []
+    scratch = moe.SortedRows.of(
+        torch_zeros(DEVICE), rows, top_k=top_k, parts=shared, experts=experts, width=64, dtype=torch.float32
+    )
+    layer = moe.ExpertWeights(drawn(experts, 128, 64), down, *extra)
+    hopper_experts.sort_rows(x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), scratch, rows=32)
+    order, slots = scratch.order.tolist(), top_k + shared
+    expected = [lists[e, i].item() for e in range(experts) for i in range(counts[e])]
+    places = len(expected)
+    assert order[:places] == expected
+    parts = [n * slots + top_k + part for part in range(shared) for n in range(rows)]
+    assert order[rows * top_k :] == parts and scratch.scales[rows * top_k :].eq(1).all()
+    assert torch.equal(scratch.rows[:places], x[scratch.order[:places].long() // slots])
+    chosen = [weights[a // slots, a % slots] for a in expected]
+    assert torch.equal(scratch.scales[:places], torch.stack(chosen))
+    table = scratch.table.view(-1, 4).tolist()
+    tiles = table[1 : 1 + table[0][0]]
+    covered = sorted(place for _, first, count, _ in tiles for place in range(first, first + count))
+    assert covered == [*range(places)]
+    begins = [sum(counts[:e].tolist()) for e in range(experts)]
+    for expert, first, count, _ in tiles:
+        begin, size = begins[expert], counts[expert].item()
+        assert (first - begin) % 32 == 0 and count == min(32, begin + size - first)
+
+
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="instructions of Hopper GPUs"
+)
+@pytest.mark.parametrize("routing", list(SORTED))
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize(
+    ("width", "inner", "tile_rows", "block"),
+    [(256, 640, 128, 128), (2048, 1408, 128, 32), (192, 64, 64, 64)],
+)
+def test_hopper_experts(
+    monkeypatch: pytest.MonkeyPatch, routing: str, shared: int, width: int, inner: int, tile_rows: int, block: int
+) -> None:
+    """Against the reference and, to the bit, itself; parts of idle rows are left alone. `moe` gets there too."""
+    from rl.rollout.kernels import hopper_experts
+
+    rows, idle, experts, top_k = SORTED[routing]
+    routes, counts, lists = listed(rows, idle, experts, top_k, shared, routing)
+    dtype, slots = torch.bfloat16, top_k + shared
+    x, weights = drawn(rows, width, dtype=dtype), drawn(rows, top_k, seed=1).abs().add_(0.1)
+    gate_up = drawn(experts, 2 * inner, width, dtype=dtype, seed=2, scale=width**-0.5)
+    down = drawn(experts, width, inner, dtype=dtype, seed=3, scale=inner**-0.5)
+    extra = None
+    if shared:
+        shapes = [(shared * inner, width), (shared * inner, width), (width, shared * inner)]
+        extra = tuple(drawn(*s, dtype=dtype, seed=4 + i, scale=s[1] ** -0.5) for i, s in enumerate(shapes))
+    layer = moe.ExpertWeights(gate_up, down, *(extra or ()))
+    scratch = moe.SortedRows.of(
+        torch_zeros(DEVICE), rows, top_k=top_k, parts=shared, experts=experts, width=width, dtype=dtype
+    )
+    assert hopper_experts.fits(x, layer)
+    results = []
+    for _ in range(3):
+        act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
+        hopper_experts.grouped_experts(
+            x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), scratch, act=act, out=out, rows=tile_rows,
+            block=block,
+        )  # fmt: skip
+        results.append(out)
+    assert results[0][:idle, :top_k].isnan().all() and not results[0][idle:].isnan().any()
+    assert all(torch.equal(out[idle:], results[0][idle:]) for out in results[1:])
+    expected = reference.grouped_experts(x, routes, weights, gate_up, down, extra)
+    assert_near(results[0].float().sum(1)[idle:], expected[idle:], dtype)
+    monkeypatch.setattr(moe, "SORT_FROM", 0)
+    monkeypatch.setattr(hopper_experts, "default_rows", lambda rows_per_expert: tile_rows)
+    act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
+    moe.grouped_experts(
+        x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), act=act, out=out, sorted_rows=scratch
+    )
+    assert torch.equal(out[idle:], results[0][idle:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gated_rows(dtype: torch.dtype) -> None:
     x, gate, up = drawn(5, 48, dtype=dtype), drawn(72, 48, dtype=dtype, seed=1), drawn(72, 48, dtype=dtype, seed=2)
