@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
-from rl.rollout.kernels.moe import ExpertWeights, SortedRows, _experts_ends
+from rl.rollout.kernels.moe import ExpertWeights, SortedRows
 
 # Renamed after Triton 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -50,6 +50,16 @@ HALF = gl.constexpr(64)
 """Weight rows of one product of a warpgroup."""
 BLOCK = gl.constexpr(128)
 """Weight rows of one copy: a half for each warpgroup."""
+
+
+@triton.jit
+def _experts_ends(
+    counts_ptr, NUM_EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """-> (EXPERTS_POW2,) each: rows of every expert, and how many row tiles it and those before it have."""
+    ids = tl.arange(0, EXPERTS_POW2)
+    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    return counts, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
