@@ -23,6 +23,7 @@ import torch
 from rl.rollout.arena import Arena, Zeros
 from rl.rollout.cache import LatentCache
 from rl.rollout.kernels.decoder import FusedDecoder, StepInputs, prompt_tiles
+from rl.rollout.kernels.layout import cdiv
 from rl.rollout.kernels.prefill import FusedPrefill
 from rl.rollout.kernels.rows import Rows, begin, finish
 from rl.rollout.kernels.sampling import draw, race
@@ -48,7 +49,7 @@ class GraphKeeper:
             self.arena = Arena(device)
         except RuntimeError as error:
             _log.warning("CUDA graphs are captured anew in each rollout: %s", error)
-        self._graphs: dict[Hashable, dict[int, torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[Hashable, dict[tuple[int, int], torch.cuda.CUDAGraph]] = {}
         self.stream = torch.cuda.Stream(device)  # one for all captures: the allocator's free blocks belong to a stream
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
@@ -57,8 +58,8 @@ class GraphKeeper:
             self._anchor.capture_end()
         self.pool = self._anchor.pool()
 
-    def graphs_for(self, policy: Any, sampler: Sampler) -> dict[int, torch.cuda.CUDAGraph]:
-        """By size of the batch; for a rollout all of whose tensors are made."""
+    def graphs_for(self, policy: Any, sampler: Sampler) -> dict[tuple[int, int], torch.cuda.CUDAGraph]:
+        """By rows and prompt tiles; for a rollout all of whose tensors are made."""
         if self.arena is None:
             return {}
         weights = tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
@@ -111,7 +112,7 @@ class CudaStepper:
         self._indices = zeros((5, state.slots), torch.int32)
         self._tiles = zeros((state.slots, self.decoder.rows_per_tile), torch.int32).fill_(-1)
         self._graphs = keeper.graphs_for(policy, sampler)
-        self._size = 0
+        self._size = 0, 0  # rows and prompt tiles of the next steps
 
     def column_order(self) -> None:
         """The kernels keep the policy's own order of cache columns."""
@@ -132,9 +133,12 @@ class CudaStepper:
         members: dict[int, list[int]] = {}
         for row, slot in enumerate(prompt_slots):
             members.setdefault(slot, []).append(row)
-        table = prompt_tiles(list(members.values()), self.decoder.rows_per_tile, self.state.slots)
-        self._tiles.copy_(to_device(table, self.state.device, torch.int32))
-        self._size = self.state.slots if self._one_size else batch_rung(len(prompt_slots), self.state.slots)
+        per_tile = self.decoder.rows_per_tile
+        rows = self.state.slots if self._one_size else batch_rung(len(prompt_slots), self.state.slots)
+        tiles = tile_rung(sum(cdiv(len(group), per_tile) for group in members.values()), rows, per_tile)
+        table = prompt_tiles(list(members.values()), per_tile, tiles)
+        self._tiles[:tiles].copy_(to_device(table, self.state.device, torch.int32))
+        self._size = rows, tiles
 
     def extra_stats(self) -> dict[str, float | int]:
         return {"capture_s": self.capture_s, "warm_s": self.warm_s, "graphs": len(self._graphs)}
@@ -145,11 +149,11 @@ class CudaStepper:
         for _ in range(steps):
             graph.replay()
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        shape = (size, self.state.slots, int(self.sampler.truncates))
+    def _capture(self, size: tuple[int, int]) -> torch.cuda.CUDAGraph:
+        shape = (size[0], self.state.slots, int(self.sampler.truncates))
         if shape not in self._keeper.warmed:
             began = time.perf_counter()
-            self._stand_still(size)
+            self._stand_still(*size)
             self._keeper.warmed.add(shape)
             self.warm_s += time.perf_counter() - began
         began = time.perf_counter()
@@ -159,23 +163,23 @@ class CudaStepper:
         # torch.cuda.graph() would collect garbage and empty the allocator's cache each time.
         with torch.cuda.stream(side):
             graph.capture_begin(self._keeper.pool, capture_error_mode="thread_local")
-            self._step(size)
+            self._step(*size)
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         self._graphs[size] = graph
         self.capture_s += time.perf_counter() - began
         return graph
 
-    def _stand_still(self, size: int) -> None:
+    def _stand_still(self, size: int, tiles: int) -> None:
         """A step that changes nothing, so that every kernel is compiled and loaded."""
         token, done = self.state.token.clone(), self.state.done.clone()
         self.state.done.fill_(True)
-        self._step(size)
+        self._step(size, tiles)
         self.state.token.copy_(token)
         self.state.done.copy_(done)
         torch.cuda.synchronize()
 
-    def _step(self, size: int) -> None:
+    def _step(self, size: int, tiles: int) -> None:
         state = self.state
         positions, places, own_lengths, prompt_slots, prompt_lengths = begin(
             self._rows, self._indices, self.decoder.counts, size
@@ -188,7 +192,7 @@ class CudaStepper:
             own_lengths=own_lengths,
             prompt_slots=prompt_slots,
             prompt_lengths=prompt_lengths,
-            tiles=self._tiles[:size],
+            tiles=self._tiles[:tiles],
         )
         logits = self.decoder(inputs, self.cache.own, self.cache.prompt, state.out_routes)  # type: ignore[arg-type]
         seeds = state.seed[:size]
@@ -213,3 +217,9 @@ def batch_rung(rows: int, most: int) -> int:
         step = (1 << (rows - 1).bit_length()) // 8
         rung = -(-rows // step) * step
     return min(rung, most)
+
+
+def tile_rung(tiles: int, rows: int, per_tile: int) -> int:
+    """As many prompt tiles as full ones would be, as half-empty ones, or as there are rows: a tile without rows costs a
+    program's start, and one of 230 KB keeps a multiprocessor to itself."""
+    return next(most for most in (cdiv(rows, per_tile), cdiv(rows, 2), rows) if tiles <= most)

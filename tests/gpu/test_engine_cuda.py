@@ -18,7 +18,7 @@ from rl.types import Problem, RolloutGroup, RolloutRequest, SamplingParams
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 if torch.cuda.is_available():
     from rl.rollout.arena import Arena
-    from rl.rollout.cuda import CudaStepper, batch_rung
+    from rl.rollout.cuda import CudaStepper, batch_rung, tile_rung
 
 
 def make_policy(dtype: torch.dtype, **changes: object) -> Policy:
@@ -245,3 +245,5 @@ def test_ladder_by_hand() -> None:
         1, 4, 8, 10, 10, 20, 40, 80, 112, 256, 320,
     ]  # fmt: skip
     assert batch_rung(65, 70) == 70
+    assert [tile_rung(n, 10, 4) for n in (1, 3, 4, 5, 6, 10)] == [3, 3, 5, 5, 10, 10]
+    assert tile_rung(7, 7, 1) == 7

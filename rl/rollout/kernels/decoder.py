@@ -109,7 +109,7 @@ class FusedDecoder:
             self._router_scratch = router_scratch(rows, experts, zeros)
             self._weights = zeros((rows, top_k), torch.float32)
             self._act = empty(rows * parts, inner)
-            if sorts_rows(rows * top_k / experts, self.dtype, self.device):
+            if sorts_rows(rows * top_k / experts, width * inner, self.dtype, self.device):
                 self._sorted = SortedRows.of(
                     zeros, rows, top_k=top_k, parts=parts - top_k, experts=experts, width=width, dtype=self.dtype
                 )

@@ -278,8 +278,10 @@ def _attend_kernel(
     split = gl.program_id(1)
     first_head = gl.program_id(2) * BLOCK_H
     first_row = gl.load(tile_ptr)
-    length = gl.load(lengths_ptr + first_row, mask=first_row >= 0, other=0)
-    slot = gl.load(slots_ptr + first_row, mask=first_row >= 0, other=0)
+    if first_row < 0:
+        return
+    length = gl.load(lengths_ptr + first_row)
+    slot = gl.load(slots_ptr + first_row)
     if split_tokens == 0:  # noqa: SIM108
         per_split = ((length + splits - 1) // splits + BLOCK - 1) // BLOCK * BLOCK
     else:

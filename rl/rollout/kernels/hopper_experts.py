@@ -387,9 +387,10 @@ def grouped_experts(
     """As `moe.grouped_experts`, except that act holds places, not assignments. rows: 32, 64 or 128 places a tile.
     block: rows of one copy, of which a tile that is not full has fewer."""
     rows = rows or default_rows(x.shape[0] * weights.shape[1] / experts.down.shape[0])
+    block = block or min(rows, 32)
     sort_rows(x, experts, weights, counts, lists, scratch, rows=rows)
-    multiply(x, experts, weights.shape[1], scratch, rows=rows, block=block or rows, act=act)
-    return multiply_back(experts, weights.shape, scratch, rows=rows, block=block or rows, act=act, out=out)
+    multiply(x, experts, weights.shape[1], scratch, rows=rows, block=block, act=act)
+    return multiply_back(experts, weights.shape, scratch, rows=rows, block=block, act=act, out=out)
 
 
 def sort_rows(

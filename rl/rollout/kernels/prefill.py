@@ -297,7 +297,8 @@ class FusedPrefill:
         slots, experts = top_k + config.n_shared_experts, config.n_routed_experts
         list_stride = cdiv(num_tokens, 16) * 16  # aligned for every T: the router is compiled once
         sorted_rows = None
-        if sorts_rows(num_tokens * top_k / experts, self._dtype, device):
+        matrix = config.hidden_size * config.moe_intermediate_size
+        if sorts_rows(num_tokens * top_k / experts, matrix, self._dtype, device):
             sorted_rows = SortedRows.of(
                 lambda shape, dtype: self._empty(*shape, dtype=dtype), num_tokens, top_k=top_k, parts=slots - top_k,
                 experts=experts, width=config.hidden_size, dtype=self._dtype,

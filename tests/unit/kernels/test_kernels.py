@@ -197,6 +197,7 @@ def test_hopper_experts(
     expected = reference.grouped_experts(x, routes, weights, gate_up, down, extra)
     assert_near(results[0].float().sum(1)[idle:], expected[idle:], dtype)
     monkeypatch.setattr(moe, "SORT_FROM", 0)
+    monkeypatch.setattr(moe, "SORT_MATRIX", 0)
     monkeypatch.setattr(hopper_experts, "default_rows", lambda rows_per_expert: tile_rows)
     act, out = poison(rows * slots, inner, dtype=dtype), poison(rows, slots, width, dtype=dtype)
     moe.grouped_experts(
