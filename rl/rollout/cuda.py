@@ -135,7 +135,9 @@ class CudaStepper:
             members.setdefault(slot, []).append(row)
         per_tile = self.decoder.rows_per_tile
         rows = self.state.slots if self._one_size else batch_rung(len(prompt_slots), self.state.slots)
-        tiles = tile_rung(sum(cdiv(len(group), per_tile) for group in members.values()), rows, per_tile)
+        tiles = rows  # splits follow the number of tiles, and rounding follows the splits
+        if not self._one_size:
+            tiles = tile_rung(sum(cdiv(len(group), per_tile) for group in members.values()), rows, per_tile)
         table = prompt_tiles(list(members.values()), per_tile, tiles)
         self._tiles[:tiles].copy_(to_device(table, self.state.device, torch.int32))
         self._size = rows, tiles

@@ -42,7 +42,7 @@ class StepInputs:
     tokens: fed now. positions: their place in prompt + completion. slots: own cache slot. places: index within it
     where the new cache row goes, -1 for an idle row. own_lengths: own tokens to attend to, the new one included (0:
     idle). prompt_slots, prompt_lengths: the group's prompt. tiles (M, rows_per_tile): rows that share a prompt, -1
-    padded; every row of the batch stands in exactly one tile. """
+    padded; every row that is not idle stands in exactly one tile. """
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -95,7 +95,8 @@ class FusedDecoder:
         self._logits = empty(rows, config.vocab_size)  # outside the graphs' pool, so it goes with the rollout
         self._q = empty(rows, heads, config.cache_width)
         self._mixed = empty(rows, heads * config.v_head_dim)
-        most = max(n * (self._prompt_splits(n) + own_splits(n)) for n in range(1, rows + 1))
+        splits = (prompt_splits(cdiv(n, self.rows_per_tile)) + own_splits(n) for n in range(1, rows + 1))
+        most = max(n * both for n, both in enumerate(splits, start=1))
         self._partial = empty(most * heads * latent)
         self._lse = zeros((most * heads,), torch.float32)
         self.counts: torch.Tensor | None = None
@@ -184,7 +185,7 @@ class FusedDecoder:
             q, kv, kv_b, kv_norm.weight, self.tables, inputs.positions, inputs.slots, inputs.places, own,
             nope=nope, interleave=config.rope_interleave, eps=kv_norm.eps, out=self._q[:num_rows],
         )  # fmt: skip
-        from_prompt, from_own = self._prompt_splits(num_rows), own_splits(num_rows)
+        from_prompt, from_own = prompt_splits(inputs.tiles.shape[0]), own_splits(num_rows)
         splits, heads, latent = from_prompt + from_own, config.num_attention_heads, config.kv_lora_rank
         partial = self._partial[: num_rows * splits * heads * latent].view(num_rows, splits, heads, latent)
         lse = self._lse[: num_rows * splits * heads].view(num_rows, splits, heads)
@@ -198,9 +199,6 @@ class FusedDecoder:
         )  # fmt: skip
         mixed = merge_and_expand(partial, lse, kv_b, nope=nope, out=self._mixed[:num_rows])
         return F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
-
-    def _prompt_splits(self, num_rows: int) -> int:
-        return prompt_splits(cdiv(num_rows, self.rows_per_tile))
 
     def _mlp(self, hidden: torch.Tensor, mlp: Any) -> torch.Tensor:
         num_rows, inner = hidden.shape[0], mlp.gate_proj.weight.shape[0]
@@ -258,9 +256,9 @@ def own_splits(num_rows: int) -> int:
     return _power_of_two(min(8, 192 // num_rows))
 
 
-def prompt_splits(programs: int) -> int:
-    """Splits of a prompt that so many programs attend to: one program a multiprocessor."""
-    return _power_of_two(min(4, 132 // programs))
+def prompt_splits(tiles: int) -> int:
+    """Splits of a prompt that so many tiles attend to: one program a multiprocessor."""
+    return _power_of_two(min(4, 132 // tiles))
 
 
 def _power_of_two(most: int) -> int:
