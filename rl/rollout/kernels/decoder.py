@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from rl.rollout.arena import Zeros, torch_zeros
 from rl.rollout.kernels.attention import attend, head_block
 from rl.rollout.kernels.layout import cdiv
-from rl.rollout.kernels.moe import ExpertWeights, SortedRows, gated_rows, grouped_experts, sorts_rows
+from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts, sorts_rows
 from rl.rollout.kernels.norm import combine_norm, embed_norm
 from rl.rollout.kernels.projections import absorb, merge_and_expand
 from rl.rollout.kernels.router import route, router_scratch
+from rl.rollout.kernels.sorting import SortedRows
 
 
 @dataclass(frozen=True, slots=True)

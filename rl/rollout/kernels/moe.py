@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rl.rollout.arena import Zeros
 from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
+from rl.rollout.kernels.sorting import SortedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,31 +89,6 @@ class ExpertWeights:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-
-@dataclass(frozen=True, slots=True)
-class SortedRows:
-    """Scratch of `hopper_experts`: rows (N * K, D), the routed ones by expert; of each place order (N * P,) int32, its
-    assignment number, and scales (N * P,) float32, its routing weight; table, int32: the tiles. Fewer rows use less."""
-
-    rows: torch.Tensor
-    order: torch.Tensor
-    scales: torch.Tensor
-    table: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, zeros: Zeros, num_rows: int, *, top_k: int, parts: int, experts: int, width: int, dtype: torch.dtype
-    ) -> SortedRows:
-        """For at most so many rows of `width` elements; parts: S or more."""
-        places, smallest = num_rows * (top_k + parts), 32
-        tiles = num_rows * top_k // smallest + experts
-        return cls(
-            zeros((num_rows * top_k, width), dtype),
-            zeros((places,), torch.int32),
-            zeros((places,), torch.float32),
-            zeros((4 * (1 + tiles),), torch.int32),
-        )
 
 
 @triton.jit

@@ -34,10 +34,11 @@ from rl.policy.kernels import assemble_heads
 from rl.rollout.arena import torch_zeros
 from rl.rollout.kernels.decoder import FusedDecoder
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
-from rl.rollout.kernels.moe import ExpertWeights, SortedRows, gated_rows, grouped_experts, sorts_rows
+from rl.rollout.kernels.moe import ExpertWeights, gated_rows, grouped_experts, sorts_rows
 from rl.rollout.kernels.norm import combine_norm
 from rl.rollout.kernels.projections import _rotated
 from rl.rollout.kernels.router import route, router_scratch
+from rl.rollout.kernels.sorting import SortedRows
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -13,7 +13,7 @@ from rl.policy.moe import Router
 from rl.policy.rope import RotaryEmbedding, rotate
 from rl.rollout import sampling as torch_sampling
 from rl.rollout.arena import torch_zeros
-from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling
+from rl.rollout.kernels import attention, moe, norm, projections, reference, router, rows, sampling, sorting
 from rl.rollout.kernels.decoder import prompt_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,16 +125,15 @@ def listed(rows: int, idle: int, experts: int, top_k: int, shared: int, routing:
 @pytest.mark.parametrize("shared", [0, 2])
 def test_sort_rows(routing: str, shared: int) -> None:
     """Every place holds its assignment's row and weight; tiles cover every routed place once, an expert each."""
-    hopper_experts = pytest.importorskip("rl.rollout.kernels.hopper_experts")
     rows, idle, experts, top_k = SORTED[routing]
     _, counts, lists = listed(rows, idle, experts, top_k, shared, routing)
     x, weights, down = drawn(rows, 64), drawn(rows, top_k, seed=1).abs(), drawn(experts, 64, 64)
     extra = [drawn(shared * 64, 64), drawn(shared * 64, 64), drawn(64, shared * 64)] if shared else []
-    scratch = moe.SortedRows.of(
+    scratch = sorting.SortedRows.of(
         torch_zeros(DEVICE), rows, top_k=top_k, parts=shared, experts=experts, width=64, dtype=torch.float32
     )
     layer = moe.ExpertWeights(drawn(experts, 128, 64), down, *extra)
-    hopper_experts.sort_rows(x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), scratch, rows=32)
+    sorting.sort_rows(x, layer, weights, counts.to(DEVICE), lists.to(DEVICE), scratch, rows=32)
     order, slots = scratch.order.tolist(), top_k + shared
     expected = [lists[e, i].item() for e in range(experts) for i in range(counts[e])]
     places = len(expected)
@@ -180,7 +179,7 @@ def test_hopper_experts(
         shapes = [(shared * inner, width), (shared * inner, width), (width, shared * inner)]
         extra = tuple(drawn(*s, dtype=dtype, seed=4 + i, scale=s[1] ** -0.5) for i, s in enumerate(shapes))
     layer = moe.ExpertWeights(gate_up, down, *(extra or ()))
-    scratch = moe.SortedRows.of(
+    scratch = sorting.SortedRows.of(
         torch_zeros(DEVICE), rows, top_k=top_k, parts=shared, experts=experts, width=width, dtype=dtype
     )
     assert hopper_experts.fits(x, layer)
