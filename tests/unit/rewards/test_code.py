@@ -3,6 +3,8 @@ helps."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,19 +330,24 @@ def test_nothing_is_written_outside(pool: VerifierPool, tmp_path: Path) -> None:
 
 @needs_isolation
 def test_programs_a_second(pool: VerifierPool) -> None:
+    """Test cases start no interpreter each: far faster than that, on any machine and whatever else it does."""
     tests = [{"input": f"{n}\n", "output": f"{n * n}\n"} for n in range(20)]
     programs = [tagged("print(int(input()) ** 2)")] * 30
     code_reward([""] * 4, programs[:4], tests=[tests] * 4, pool=pool)
-    rates = []
-    while len(rates) < 3 and max(rates, default=0) < 30:
+    for _ in range(3):
         started = time.monotonic()
         scores = code_reward([""] * 30, programs, tests=[tests] * 30, pool=pool)
-        rates.append(30 / (time.monotonic() - started))
+        seconds = (time.monotonic() - started) / 30
         assert all(score.value == 1.0 for score in scores)
-    print(f"\n{max(rates):.0f} programs of 20 test cases a second, 2 workers")
-    # 30 and more on two idle cores, which scripts/bench_rewards.py measures; here other work on the machine must not
-    # fail the suite.
-    assert max(rates) > 10
+        started = time.monotonic()
+        for _ in range(4):
+            subprocess.run([sys.executable, "-I", "-c", "pass"], check=True)
+        starts = 20 * (time.monotonic() - started) / 4 / 2  # of a program's cases, on two workers
+        print(f"\n{1 / seconds:.0f} programs of 20 test cases a second, 2 workers; with a start each {1 / starts:.0f}")
+        if seconds < starts / 2:
+            break
+    else:
+        raise AssertionError(f"{seconds:.3f} s a program; starting an interpreter for each case takes {starts:.3f} s")
 
 
 @needs_isolation
