@@ -32,3 +32,5 @@ def verify_answer(gold: str, answer: str) -> bool:
 
 if not verify_answer("\\frac{1}{2}", "0.5"):  # math-verify swallows what its parser raises: all answers would be wrong
     raise ImportError("math-verify does not find that \\frac{1}{2} equals 0.5; is a package that it needs missing?")
+# sympy loads much at its first integral (0.9 s on a slow machine): now, not in the second that a completion has.
+verify_answer("\\frac{x^2}{2}", "\\int_0^x t dt")
