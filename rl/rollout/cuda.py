@@ -32,8 +32,6 @@ from rl.rollout.state import RowState
 from rl.rollout.transfer import to_device
 
 _log = logging.getLogger(__name__)
-
-
 _MOST_KINDS = 4  # kinds of rollouts whose graphs are kept: training, evaluation, and what they were before
 
 
