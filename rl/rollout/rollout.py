@@ -3,7 +3,7 @@
 A turn of the loop: the scheduler takes ended rows out and says who comes, `_apply` queues it, `_decode` queues steps,
 `_take_ended` reads a look and hands completions out. With `look_behind` the look was taken before those steps, so a
 device works on them while the host reads. What the host must know meanwhile (`longest`, `shortest`) are bounds, counted
-up by the steps queued since. There, the prompts of rows to come are prefilled beside the steps too (`Scheduler.prefetch`).
+up by the steps queued since. There, prompts of rows to come are prefilled beside steps (`Scheduler.prefetch`).
 """
 
 from __future__ import annotations
