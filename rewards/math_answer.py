@@ -110,9 +110,11 @@ def _found(text: str, reference: str, tagged: bool) -> Extraction:
         concluded = found.how == "last sentence" and _concludes_word(text, reference)
         return Extraction(reference, "last words") if concluded else found
     block = answer_block(text)
-    if block.content is not None and len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
+    if block.content is None:
+        return Extraction(None, block.reason)
+    if len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
         return Extraction(block.content, "answer block")  # `June 20`, `neither`: words that look like something else
-    return tagged_answer(text)
+    return block_answer(block.content)
 
 
 def _concludes_word(text: str, reference: str) -> bool:

@@ -51,6 +51,7 @@ def number_from_words(text: str) -> int | None:
 _PARTS = "half third fourth fifth sixth seventh eighth ninth tenth"
 _BOTTOM = {part: bottom for bottom, part in enumerate(_PARTS.split(), start=2)}
 _BOTTOM |= {"halve": 2, "quarter": 4, "hundredth": 100}
+_MAX_CHARS = 200  # twelve words are far shorter
 _FRACTION = re.compile(rf"(?:(.+?)[\s-]+)?({'|'.join(_BOTTOM)})s?", re.IGNORECASE)
 
 
@@ -60,7 +61,8 @@ def fraction_from_words(text: str) -> str | None:
     >>> fraction_from_words("two thirds"), fraction_from_words("half"), fraction_from_words("third")
     ('2/3', '1/2', None)
     """
-    match = _FRACTION.fullmatch(text.strip())
+    text = text.strip()
+    match = _FRACTION.fullmatch(text) if len(text) <= _MAX_CHARS else None
     if match is None or (match.group(1) is None and match.group(2).lower() != "half"):
         return None
     top = number_from_words("one" if match.group(1) in (None, "a", "an") else match.group(1))

@@ -43,7 +43,12 @@ NUMBER = re.compile(
     r"|\d+ \d+/\d+(?![\d/])|\d+(?: : |:)\d+(?![\d:])|\d+(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|\.\d+)"
     r"(?:_\{?\d{1,2}\}?)?(?:\s?\\?%|\s(?:thousand|million|billion|trillion)\b)?"
 )
-_MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+# A formula ends before another begins, so that many openings are read in linear time; `\\[` is a line break.
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)"
+    r"|(?<!\\)\\\(((?:(?!(?<!\\)\\\().)+?)\\\)|(?<!\\)\\\[((?:(?!(?<!\\)\\\[).)+?)\\\]",
+    re.DOTALL,
+)
 # Between two boxes that state one answer together: punctuation, delimiters, a few words and a joining mark.
 _FILLER = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:q?quad|[;,! ()\[\]])|[$&(){}\[\]\s]")
 _JOINING = re.compile(

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewards.base import Completion, Score, completion_text
 
@@ -25,8 +26,7 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 _END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|end|eom_id)\|>|</s>|<｜end▁of▁sentence｜>|\s+")
 
 
-@dataclass(frozen=True, slots=True)
-class Tag:
+class Tag(NamedTuple):
     """One tag as found in the text: its literal, where it begins and where the text after it begins."""
 
     name: str
@@ -44,7 +44,7 @@ class AnswerBlock:
 
 def find_tags(text: str) -> list[Tag]:
     """All think and answer tags in order of appearance; O(len(text))."""
-    return [Tag(match.group(), match.start(), match.end()) for match in _TAG.finditer(text)]
+    return [Tag(match.group(), *match.span()) for match in _TAG.finditer(text)]
 
 
 def is_blank(text: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from rewards.grading import grade_row
 from rewards.math_answer import judge_pair
 from rewards.sandbox import SandboxUnavailable, isolation_method
+from tests.clock import pace
 
 FILE = Path(__file__).parents[2] / "shared" / "data" / "adversarial_cases.jsonl"
 
@@ -35,7 +36,12 @@ def hostile_cases(file: Path = FILE) -> list[dict[str, Any]]:
 
 def faults(row: dict[str, Any]) -> list[str]:
     """Grade the row as a trainer would; what is wrong with the verdict."""
-    verdict = grade_row(row, tagged=True)
+    verdict, limit = grade_row(row, tagged=True), row.get("max_seconds_code", row["max_seconds"])
+    for _ in range(2):  # a machine that was busy with something else is asked again
+        if verdict["seconds"] <= limit:
+            break
+        judge_pair.cache_clear()
+        verdict = grade_row(row, tagged=True)
     found = [
         f"{key} is {verdict[key]}, not {row[key]}"
         for key in ("correct", "format_ok")
@@ -43,7 +49,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     ]
     if verdict["rule"] == "error":
         found.append("not graded")
-    if verdict["seconds"] > row.get("max_seconds_code", row["max_seconds"]):
+    if verdict["seconds"] > limit * pace():
         found.append(f"took {verdict['seconds']:.1f} s")
     if row.get("must_not_create") and Path(row["must_not_create"]).exists():
         found.append(f"made {row['must_not_create']}")

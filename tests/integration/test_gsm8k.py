@@ -14,7 +14,7 @@ import pytest
 from tests.integration.conftest import ROOT, command, environment
 
 RECIPE = ROOT / "recipes" / "gsm8k" / "tiny_cpu.yaml"
-pytestmark = [pytest.mark.xdist_group("launch"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("one process"), pytest.mark.timeout(600)]
 
 OWN_REWARD = '''
 def letters(prompts, completions, completion_ids, answer, **columns):

@@ -15,7 +15,7 @@ from rl.rollout.engine import Engine
 from rl.types import Problem, RolloutRequest, SamplingParams
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-pytestmark = [pytest.mark.xdist_group("launch"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("one process"), pytest.mark.timeout(900)]
 
 SHORT = [
     "--data.eval.params={split: eval, size: 64}",

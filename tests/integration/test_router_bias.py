@@ -14,7 +14,7 @@ COLD_START = (
     "--sft={data: {source: 'rl.data.chain_arithmetic:traces', params: {size: 40, operations: 3}}, steps: 3, "
     "max_length: 64, micro_batch_tokens: 256}"
 )
-pytestmark = [pytest.mark.xdist_group("launch"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("one process"), pytest.mark.timeout(600)]
 
 
 def biases(folder: Path) -> torch.Tensor:

@@ -21,6 +21,7 @@ from rewards.pool import VerifierPool
 from rewards.registry import load_function
 from rewards.sandbox import SandboxUnavailable, isolation_method
 from rewards.scorer import RewardScorer
+from tests.clock import seconds_taken
 
 # One after the other: a fork bomb of one test uses up the processes that another may have.
 pytestmark = pytest.mark.xdist_group("sandbox")
@@ -306,7 +307,7 @@ def test_all_or_nothing_and_time_limits(pool: VerifierPool) -> None:
     assert grade(pool, wrong_once, SQUARES, scoring="all").value == 0.0
     started = time.monotonic()
     slow = grade(pool, "import time\ntime.sleep(60)", SQUARES * 10, time_limit_s=0.2, program_limit_s=0.5)
-    assert slow.value == 0.0 and slow.rule == "timeout" and time.monotonic() - started < 5
+    assert slow.value == 0.0 and slow.rule == "timeout" and time.monotonic() - started < 20
 
 
 @needs_isolation
@@ -444,9 +445,9 @@ def test_extraction(text: str, is_tagged: bool, program: str | None) -> None:
 
 
 def test_fences_are_read_in_linear_time() -> None:
-    started = time.monotonic()
-    assert len(fenced_blocks("```\n" * 400_000)) == 200_000
-    assert time.monotonic() - started < 2
+    text = "```\n" * 400_000
+    assert len(fenced_blocks(text)) == 200_000
+    assert seconds_taken(lambda: fenced_blocks(text), limit=1.5) < 1.5
 
 
 def test_code_format() -> None:

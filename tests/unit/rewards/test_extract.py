@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from rewards.base import Score
@@ -11,6 +9,7 @@ from rewards.extract import after_thinking, find_boxes, free_answer
 from rewards.math_answer import accuracy_reward
 from rewards.phrases import is_direct
 from rewards.strict_answer import block_answer
+from tests.clock import seconds_taken
 
 FREE_RIGHT = [
     ("72", "Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72 clips altogether in April and May."),
@@ -432,7 +431,4 @@ def test_the_place_is_named() -> None:
 )  # fmt: skip
 def test_time_is_linear(piece: str) -> None:
     text = piece * (200_000 // len(piece))
-    started = time.perf_counter()
-    free_answer(text + "41")
-    block_answer(text + "41")
-    assert time.perf_counter() - started < 2.0
+    assert seconds_taken(lambda: (free_answer(text + "41"), block_answer(text + "41")), limit=1.0) < 1.0

@@ -88,7 +88,7 @@ def test_a_function_that_hangs_stops_or_is_masked_in_time(file: str, name: str, 
     assert masked.rewards == [None, None]
     assert masked.by_function == {"fine": [1.0] * 2, "quick": [1.0] * 2, name: [None] * 2}
     assert masked.metrics[f"rewards/{name}/timeout_frac"] == 1.0
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 def test_a_function_that_still_hangs_is_not_called_again_until_it_returns(file: str) -> None:
@@ -99,7 +99,7 @@ def test_a_function_that_still_hangs_is_not_called_again_until_it_returns(file: 
     assert second.rewards == [None] and "an earlier call has not returned" in second.scores["waits"][0].reason
     assert second.metrics["rewards/waits/timeout_frac"] == 1.0 and module.calls == [["first"]]
     module.go_on.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (rewards := score(scorer, ["third"]).rewards) == [None] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert rewards == [1.0] and module.calls == [["first"], ["third"]]
@@ -119,7 +119,7 @@ def test_an_error_is_not_kept_waiting_by_an_async_function(file: str) -> None:
     started = time.monotonic()
     with pytest.raises(RewardError, match="'leaves'"):
         score(RewardScorer([limited(file, "sleeps", 20.0), f"{file}:leaves"]), ["a"])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 def test_default_limits(file: str) -> None:
@@ -182,4 +182,4 @@ def test_daemon_threads_are_an_executor() -> None:
     busy.shutdown(wait=False, cancel_futures=True)
     assert queued.cancelled() and not running_call.done()
     go_on.set()
-    assert running_call.result(timeout=5) is True
+    assert running_call.result(timeout=30) is True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 from rewards.language import language_consistency_reward
+from tests.clock import seconds_taken
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "adversarial_cases.jsonl"
 ENGLISH = "We add the numbers and find that the sum is even, so the answer is ten."
@@ -74,10 +74,8 @@ def test_language_of_the_row() -> None:
 
 
 def test_hostile_texts_take_little_time() -> None:
-    started = time.monotonic()
     texts = ["$" * 10**6, "$$" + "a" * 10**6, "\\(" * 300_000, "`" * 10**6, "<" * 10**6, "a" * 10**6, "the " * 250_000]
-    language_consistency_reward([], texts)
-    assert time.monotonic() - started < 20
+    assert seconds_taken(lambda: language_consistency_reward([], texts), limit=10.0) < 10.0
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared cases are not here")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
-from rewards.math_answer import accuracy_reward
+from rewards.math_answer import accuracy_reward, judge_pair
 from rewards.math_compare import compare_texts
 from rewards.math_eval import TooLarge, evaluate, exact_value
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError
+from tests.clock import seconds_taken
 
 GOLDS = [
     "42",
@@ -56,12 +56,14 @@ CODE = [
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_at_once(bomb: str) -> None:
-    started = time.perf_counter()
-    for gold in GOLDS:
-        assert not compare_texts(gold, bomb).equal
-    score = accuracy_reward([], [f"<think>t</think><answer>{bomb}</answer>"], answer=["42"])[0]
-    assert score.value == 0.0
-    assert time.perf_counter() - started < 1.5
+    def refuse() -> None:
+        judge_pair.cache_clear()
+        for gold in GOLDS:
+            assert not compare_texts(gold, bomb).equal
+        score = accuracy_reward([], [f"<think>t</think><answer>{bomb}</answer>"], answer=["42"])[0]
+        assert score.value == 0.0
+
+    assert seconds_taken(refuse, limit=1.5) < 1.5
 
 
 @pytest.mark.parametrize("code", CODE)

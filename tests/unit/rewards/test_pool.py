@@ -65,8 +65,8 @@ def test_a_pathological_job_costs_its_limit_and_its_slot_only(pool: VerifierPool
     pool.map("operator:pow", [(2, 3)] * 4)
     started = time.monotonic()
     outcomes = pool.map("operator:pow", [POWER_TOWER, *[(2, 3)] * 20], time_limit_s=0.5)
-    assert time.monotonic() - started < 1.5
-    assert outcomes[0].status == "timeout" and 0.45 < outcomes[0].seconds < 1.0
+    assert time.monotonic() - started < 8  # 21 limits are 10 s
+    assert outcomes[0].status == "timeout" and 0.45 < outcomes[0].seconds < 5.0
     assert [outcome.value for outcome in outcomes[1:]] == [8] * 20
     assert pool.map("operator:pow", [(2, 3)] * 4)[3].value == 8  # the replaced worker works
 
@@ -122,8 +122,8 @@ def test_a_template_that_is_killed_costs_the_jobs_that_ran_and_nothing_more() ->
             template = fresh._template._process
             assert template is not None
             template.kill()
-            assert [future.result(timeout=10).status for future in running] == ["broken"] * 4
-            assert [future.result(timeout=10).value for future in waiting] == list(range(1, 9))
+            assert [future.result(timeout=60).status for future in running] == ["broken"] * 4
+            assert [future.result(timeout=60).value for future in waiting] == list(range(1, 9))
 
 
 def test_an_idle_worker_that_is_killed_costs_nothing() -> None:
@@ -181,7 +181,7 @@ def test_a_module_that_hangs_while_it_is_imported_costs_its_limit_once(
     with VerifierPool(workers=1) as fresh:
         started = time.monotonic()
         outcomes = fresh.map(f"{path}:f", [()] * 20, time_limit_s=0.1)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 15  # not 20
         assert {outcome.status for outcome in outcomes} == {"broken"}
         assert all("importing its module took more than 1 s" in outcome.error for outcome in outcomes)
         assert fresh.map("operator:add", [(1, 2)])[0].value == 3
@@ -247,8 +247,8 @@ def test_close_ends_jobs_that_run_or_wait() -> None:
     time.sleep(0.3)
     started = time.monotonic()
     pool.close()
-    assert [future.result(timeout=5).status for future in futures] == ["broken"] * 3
-    assert time.monotonic() - started < 5
+    assert [future.result(timeout=20).status for future in futures] == ["broken"] * 3
+    assert time.monotonic() - started < 20  # not 30
 
 
 def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,9 +358,9 @@ def test_nothing_outlives_the_owner(how: str) -> None:
     workers = _children(template)
     if how == "killed":
         owner.kill()
-    owner.wait(timeout=20)
+    owner.wait(timeout=60)
     owner.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(map(_alive, (template, *workers))):
         time.sleep(0.05)
     assert workers and not any(map(_alive, (template, *workers)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from rewards.reasoning_steps import count_steps, reasoning_steps_reward
+from tests.clock import seconds_taken
 
 
 @pytest.mark.parametrize(
@@ -40,14 +39,12 @@ def test_value_and_target() -> None:
 
 
 def test_hostile_texts_take_little_time() -> None:
-    started = time.monotonic()
-    for text in (
+    texts = (
         "Step 1: " * 100_000,
         "\n- " * 300_000,
         " " * 10**6,
         "*" * 10**6,
         "Step " + "1" * 10**6,
         "\t> " * 300_000,
-    ):
-        count_steps(text)
-    assert time.monotonic() - started < 8
+    )
+    assert seconds_taken(lambda: [count_steps(text) for text in texts], limit=5.0) < 5.0

@@ -114,7 +114,7 @@ def test_every_attack_fails(
             clean = after.stdout == "2 []\n"  # process 1 and itself, an empty folder
             said = (result.stdout if "ESCAPED" in result.stdout else result.error).strip().replace("\n", " ")
             print(f"{attack.name:34} {result.status:10} {seconds:8.2f}  {said[:60] or 'nothing'}")
-            if not (contained and clean and seconds < attack.limit_s + 2.5):
+            if not (contained and clean and seconds < attack.limit_s + 10):
                 failures.append((attack.name, result, after, seconds))
     assert failures == []
     assert victim.read_text() == "untouched"
@@ -194,14 +194,14 @@ def test_dies_with_whoever_started_it(method: Method, busy: bool) -> None:
     assert owner.stdout is not None
     launched = int(owner.stdout.readline())
     wanted = 4 if busy else 2  # the launcher, process 1, and the two of the program
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while len(started := [launched, *_descendants(launched)]) < wanted and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(started) == wanted
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(map(_runs, started)):
         time.sleep(0.02)
     assert not any(map(_runs, started))

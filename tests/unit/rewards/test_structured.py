@@ -120,4 +120,4 @@ def test_regex(pool: VerifierPool) -> None:
 def test_a_pattern_that_never_ends_is_killed(pool: VerifierPool) -> None:
     started = time.monotonic()
     (score,) = regex_reward([], ["<answer>" + "a" * 60 + "b</answer>"], pattern="(a+)+", pool=pool)
-    assert (score.value, score.rule) == (0.0, "timeout") and time.monotonic() - started < 4
+    assert (score.value, score.rule) == (0.0, "timeout") and time.monotonic() - started < 20

@@ -86,7 +86,7 @@ def test_limits_are_counted_and_cost_the_row_only(verifier: Callable[[str], None
     batch = score([OPEN, GOLD], on_error="stop")
     assert batch.rewards == [0.0, 1.0] and batch.scores["accuracy"][0].rule == rule
     assert batch.metrics["rewards/accuracy/timeout_frac"] == 0.5
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # not 60
 
 
 def test_the_real_one_works() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from rewards.tag_format import (
@@ -14,6 +12,7 @@ from rewards.tag_format import (
     is_blank,
     tag_count_reward,
 )
+from tests.clock import seconds_taken
 
 GOOD = "<think>6 * 7 = 42.</think>\n<answer>42</answer>"
 
@@ -139,8 +138,10 @@ def test_blank() -> None:
 def test_time_is_linear(piece: str) -> None:
     """300,000 characters of anything are parsed within tenths of a second, also behind a well-formed head."""
     text = piece * (300_000 // len(piece))
-    started = time.perf_counter()
-    for candidate in (text, "<think>" + text, GOOD + text):
-        format_reward([], [candidate])
-        answer_block(candidate)
-    assert time.perf_counter() - started < 4.0
+
+    def parse() -> None:
+        for candidate in (text, "<think>" + text, GOOD + text):
+            format_reward([], [candidate])
+            answer_block(candidate)
+
+    assert seconds_taken(parse, limit=3.0) < 3.0
