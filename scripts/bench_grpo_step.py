@@ -35,7 +35,7 @@ def main() -> None:
     recipe, _ = run_command(__doc__ or "", arguments)
     import torch
 
-    from rl.distributed import end_program, is_main_process
+    from rl.distributed import end_program, gather_objects, is_main_process, world_size
     from rl.train.trainer import GRPOTrainer
 
     with user_mistakes():
@@ -50,21 +50,24 @@ def main() -> None:
         if on_gpu:
             torch.cuda.synchronize()
         wall = time.monotonic() - began
+        peak = max(gather_objects(torch.cuda.max_memory_allocated() if on_gpu else 0))
         stages = {stage: metrics[f"time/{stage}_s"] for stage in ("rollout", "reward", "update")}
         line = {
             "step": step,
             "warm_up": step == 0,
             "step_s": round(wall, 3),
             **{f"{stage}_s": round(seconds, 3) for stage, seconds in stages.items()},
-            "rest_s": round(wall - sum(stages.values()), 3),
+            "rest_s": round(metrics["time/rest_s"], 3),
+            "ranks": world_size(),
             "rollout_frac": round(stages["rollout"] / wall, 3),
             "sampled_tokens": int(metrics["num_tokens"]),
+            "capture_s": round(getattr(trainer.engine, "stats", {}).get("capture_s", 0.0), 3),
             "rollout_tokens_per_s": round(metrics["rollout/tokens_per_s"]),
             "mismatch_kl": metrics.get("mismatch_kl"),
             "mismatch_kl_without_replay": metrics.get("mismatch_kl_without_replay"),
             "routing_disagreement_frac": metrics.get("routing/disagreement_frac"),
             "grad_norm": metrics["grad_norm"],
-            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+            "peak_memory_gib": round(peak / 2**30, 2) if on_gpu else None,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         }
         if is_main_process():

@@ -27,9 +27,16 @@ _SECTION = 32768  # tokens whose keys and values of one head (21 MB) stay in the
 _QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 2
 
 
+def is_hopper(device: torch.device) -> bool:
+    """AMD's GPUs name themselves 9, too."""
+    return (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    )
+
+
 def applies(q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `flash_mla` takes these: 16-bit numbers on a Hopper GPU, heads that fit its memory, aligned rows."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not is_hopper(q.device):
         return False
     widths_fit = max(k_nope.shape[2], v.shape[2]) <= 128 and k_rope.shape[1] in (16, 32, 64)
     strides = (s for x in (k_nope, k_rope, v) for s in (*x.stride()[:-1], x.data_ptr() // 2))

@@ -48,6 +48,10 @@ class Arena:
         self._pieces: list[tuple[int, int, int]] = []  # address, bytes, handle
         self._used = self.bytes = 0
         self._layout: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._open = False
+        handle = self._driver.map(self._base, self._driver.granularity)  # where mapping is refused: here, once
+        if handle is not None:
+            self._driver.unmap(self._base, self._driver.granularity, handle)
 
     @property
     def layout(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -64,19 +68,27 @@ class Arena:
         if self._used > self.bytes:
             self._map(self._used - self.bytes)
         span = torch.as_tensor(_Span(self._base + start, size), device=self.device)
+        assert span.data_ptr() == self._base + start, f"torch takes the memory of {self.device} for another device's"
         return span.view(dtype).view(shape).zero_()
 
     def __enter__(self) -> Arena:
-        assert not self._pieces
-        self._used, self._layout = 0, []
+        if self._open:
+            raise RuntimeError("this engine is in the middle of a rollout; another one needs an engine of its own")
+        self._release()  # what an interrupted exit has left
+        self._open, self._used, self._layout = True, 0, []
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(RuntimeError):  # of a broken device, whose own error is on its way already
-            torch.cuda.synchronize(self.device)
-        for address, size, handle in self._pieces:
-            self._driver.unmap(address, size, handle)
-        self._pieces, self.bytes = [], 0
+        self._open = False
+        self._release()
+
+    def _release(self) -> None:
+        if self._pieces:
+            with contextlib.suppress(RuntimeError):  # of a broken device, whose own error is on its way already
+                torch.cuda.synchronize(self.device)
+        while self._pieces:
+            self._driver.unmap(*self._pieces.pop())
+        self.bytes = 0
 
     def _map(self, least: int) -> None:
         size = _round_up(max(least, _PIECE), self._driver.granularity)
@@ -158,12 +170,20 @@ class _Driver:
     def map(self, address: int, size: int) -> int | None:
         """-> handle of the memory now behind `address`; None: the device has not so much."""
         handle = ctypes.c_uint64()
-        made = self._cuda.cuMemCreate(ctypes.byref(handle), _size(size), ctypes.byref(self._properties), _address(0))
-        if made == _OUT_OF_MEMORY:
-            return None
-        self._check("cuMemCreate", made)
-        self._call("cuMemMap", _address(address), _size(size), _size(0), handle, _address(0))
-        self._call("cuMemSetAccess", _address(address), _size(size), ctypes.byref(self._access), _size(1))
+        try:
+            made = self._cuda.cuMemCreate(
+                ctypes.byref(handle), _size(size), ctypes.byref(self._properties), _address(0)
+            )
+            if made == _OUT_OF_MEMORY:
+                return None
+            self._check("cuMemCreate", made)
+            self._call("cuMemMap", _address(address), _size(size), _size(0), handle, _address(0))
+            self._call("cuMemSetAccess", _address(address), _size(size), ctypes.byref(self._access), _size(1))
+        except BaseException:  # an interrupt, too, arrives between these calls
+            if handle.value:
+                self._cuda.cuMemUnmap(_address(address), _size(size))  # an error where nothing was mapped
+                self._cuda.cuMemRelease(handle)
+            raise
         return handle.value
 
     def unmap(self, address: int, size: int, handle: int) -> None:

@@ -98,7 +98,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + held) * _FREE_SHARE)
+        stuck = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)  # beside what is in use
+        return int((free + max(held - stuck, 0)) * _FREE_SHARE)
     available = min([psutil.virtual_memory().available, *_cgroup_room()])
     return min(int(available * _FREE_SHARE) // local_world_size(), _CPU_MOST)
 

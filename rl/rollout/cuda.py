@@ -13,9 +13,10 @@ of a size by a step in which every row stands still.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class GraphKeeper:
     that rollout after rollout uses the same bytes), and the sizes whose kernels are compiled."""
 
     def __init__(self, device: torch.device) -> None:
-        self.warmed: set[tuple[int, ...]] = set()
+        self.device = device
+        self.warmed: set[Hashable] = set()
         self.arena: Arena | None = None
         try:
             self.arena = Arena(device)
@@ -50,18 +52,17 @@ class GraphKeeper:
         self._graphs: dict[Hashable, dict[tuple[int, int], torch.cuda.CUDAGraph]] = {}
         self.stream = torch.cuda.Stream(device)  # one for all captures: the allocator's free blocks belong to a stream
         self._anchor = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            self._anchor.capture_begin(capture_error_mode="thread_local")
+        with torch.cuda.stream(self.stream), capturing(self._anchor):
             self._held = torch.zeros(1, device=device)
-            self._anchor.capture_end()
         self.pool = self._anchor.pool()
 
     def graphs_for(self, policy: Any, sampler: Sampler) -> dict[tuple[int, int], torch.cuda.CUDAGraph]:
-        """By rows and prompt tiles; for a rollout all of whose tensors are made."""
-        if self.arena is None:
+        """By rows and prompt tiles; for a rollout all of whose tensors are made. Truncated sampling sorts a row of the
+        vocabulary for each sequence, gigabytes that must not stay: its graphs go with the rollout."""
+        if self.arena is None or sampler.truncates:
             return {}
         weights = tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
-        key = (self.arena.layout, weights, sampler if sampler.truncates else None)
+        key = (self.arena.layout, weights)
         graphs = self._graphs.pop(key, {})
         self._graphs[key] = graphs  # last: the one used most recently
         while len(self._graphs) > _MOST_KINDS:
@@ -110,6 +111,7 @@ class CudaStepper:
         self._indices = zeros((5, state.slots), torch.int32)
         self._tiles = zeros((state.slots, self.decoder.rows_per_tile), torch.int32).fill_(-1)
         self._graphs = keeper.graphs_for(policy, sampler)
+        self._pool = torch.cuda.graph_pool_handle() if sampler.truncates else keeper.pool
         self._size = 0, 0  # rows and prompt tiles of the next steps
 
     def column_order(self) -> None:
@@ -150,25 +152,32 @@ class CudaStepper:
             graph.replay()
 
     def _capture(self, size: tuple[int, int]) -> torch.cuda.CUDAGraph:
-        shape = (size[0], self.state.slots, int(self.sampler.truncates))
+        # What Triton compiles follows these, and a capture is no place to compile in.
+        shapes = self.state.out_tokens.shape, self.cache.own.shape, self.cache.prompt.shape, self.cache.own.dtype
+        shape = (*size, shapes, self.sampler.truncates)
         if shape not in self._keeper.warmed:
             began = time.perf_counter()
             self._stand_still(*size)
             self._keeper.warmed.add(shape)
             self.warm_s += time.perf_counter() - began
         began = time.perf_counter()
+        self._make_room(size[0])
         graph = torch.cuda.CUDAGraph()
         side = self._keeper.stream
         side.wait_stream(torch.cuda.current_stream())
         # torch.cuda.graph() would collect garbage and empty the allocator's cache each time.
-        with torch.cuda.stream(side):
-            graph.capture_begin(self._keeper.pool, capture_error_mode="thread_local")
+        with torch.cuda.stream(side), capturing(graph, self._pool):
             self._step(*size)
-            graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         self._graphs[size] = graph
         self.capture_s += time.perf_counter() - began
         return graph
+
+    def _make_room(self, rows: int) -> None:
+        """torch gives back what it holds unused when memory runs out, but not during a capture."""
+        sorted_bytes = 40 * rows * self.decoder.config.vocab_size if self.sampler.truncates else 0
+        if torch.cuda.mem_get_info(self.state.device)[0] < 2**30 + sorted_bytes:
+            torch.cuda.empty_cache()
 
     def _stand_still(self, size: int, tiles: int) -> None:
         """A step that changes nothing, so that every kernel is compiled and loaded."""
@@ -201,6 +210,19 @@ class CudaStepper:
             state.record(state.rows[:size], *self.sampler(logits, seeds, steps))
         else:
             finish(self._rows, *race(logits, seeds, state.own_len, self._how, step_offset=1))
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """What the current stream gets goes into `graph`. A capture that is not ended would stop the allocator for good."""
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the capture's own complaint; what went wrong is on its way already
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 def sampling_switches(sampler: Sampler) -> torch.Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,11 @@ class Engine:
 
     def graph_keeper(self) -> Any:
         """What CUDA graphs of several rollouts share (`rl.rollout.cuda.GraphKeeper`), made at first use."""
-        if self._keeper is None:
+        device = self.policy.lm_head.weight.device
+        if self._keeper is None or self._keeper.device != device:
             from rl.rollout.cuda import GraphKeeper
 
-            self._keeper = GraphKeeper(self.policy.lm_head.weight.device)
+            self._keeper = GraphKeeper(device)
         return self._keeper
 
     @torch.no_grad()
@@ -111,21 +112,39 @@ class Engine:
         if not requests:
             return []
         began = time.perf_counter()
-        arena = None if self.plain_because else self.graph_keeper().arena
-        with arena or contextlib.nullcontext():
-            zeros = torch_zeros(self.policy.lm_head.weight.device) if arena is None else arena.zeros
-            rollout = Rollout(self, requests, params, on_group, zeros)
-            groups = rollout.run()
-            stats = rollout.stats() | {"arena_bytes": 0 if arena is None else arena.bytes}
+        device = self.policy.lm_head.weight.device
+        with _current(device):
+            arena = None if self.plain_because else self.graph_keeper().arena
+            with arena or contextlib.nullcontext():
+                zeros = torch_zeros(device) if arena is None else arena.zeros
+                rollout = Rollout(self, requests, params, on_group, zeros)
+                groups = rollout.run()
+                stats = rollout.stats() | {"arena_bytes": 0 if arena is None else arena.bytes}
         seconds = time.perf_counter() - began  # with taking and giving back memory
         self.stats = stats | {"seconds": seconds, "tokens_per_s": stats["tokens"] / seconds}
         return groups
 
 
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on the current GPU. What fails waits for all streams: their memory is free from then on."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a broken device, whose own error is on its way already
+                torch.cuda.synchronize(device)
+            raise
+
+
 def _steps_per_look(policy: Any) -> int:
     """So many that a GPU takes some milliseconds for them, the host's time to take rows out and start others; more
-    would leave ended rows standing. By the policy's size, not by the clock: batches must be the same in every run."""
-    weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
+    would leave ended rows standing. By the policy's size, not by the clock: batches must be the same in every run.
+    Under ZeRO-3 a parameter is empty here and `ds_numel` is its size."""
+    weight_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in policy.parameters())
     return max(2, min(8, 2**34 // max(weight_bytes, 1)))
 
 

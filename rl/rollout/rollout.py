@@ -8,6 +8,7 @@ up by the steps queued since. There, prompts of rows to come are prefilled besid
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -141,9 +142,10 @@ class Rollout:
         )
         shape = plan(prompt_tokens=longest_prompt)
         if engine.plain_because is None and longest_prompt < engine.longest_prompt:
-            wide = plan(prompt_tokens=engine.longest_prompt)  # captured graphs want the same lengths each time
-            if (wide.slots, wide.prompt_slots) == (shape.slots, shape.prompt_slots):
-                return wide
+            with contextlib.suppress(ValueError):  # such prompts do not fit beside these completions
+                wide = plan(prompt_tokens=engine.longest_prompt)  # captured graphs want the same lengths each time
+                if (wide.slots, wide.prompt_slots) == (shape.slots, shape.prompt_slots):
+                    return wide
         engine.longest_prompt = max(engine.longest_prompt, longest_prompt)
         return shape
 

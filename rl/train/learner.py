@@ -196,6 +196,8 @@ class Learner:
         if self.accelerator.mixed_precision == "bf16":
             # Sums of many micro-batches lose their small terms in bf16.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            if self.stage == 1:  # else it rounds those sums to bf16 for its all-reduce, on one rank too
+                config["communication_data_type"] = "fp32"
         # Stage 0 in fp32 clips without telling the norm and has no guard against NaN: `_finish_step` does both itself.
         config["gradient_clipping"] = 0.0 if self.stage == 0 else float(self.section.max_grad_norm or 0.0)
         if self.stage == 3 and leaves:
@@ -326,13 +328,15 @@ class Learner:
             parameters: list[Any] = list(self.policy.parameters())
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
-            for hook in (*offload.forward_hooks, *offload.backward_hooks):
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
+            # Not removed for good: DeepSpeed would register them with `_register_deepspeed_module`, which throws away
+            # the order of modules that it has traced, and with it prefetching in the next update.
+            hooks = [(h.hooks_dict_ref(), h.id) for h in (*offload.forward_hooks, *offload.backward_hooks)]
+            taken = [(registered, key, registered.pop(key)) for registered, key in hooks]
             try:
                 yield self.policy
             finally:
-                offload._register_deepspeed_module(offload.module)
+                for registered, key, hook in taken:
+                    registered[key] = hook
 
     def save_state(self, folder: str) -> None:
         """Weights, optimizer and reference of this run into `folder`; every rank writes its part."""

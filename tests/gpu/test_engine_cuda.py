@@ -217,6 +217,65 @@ def test_graphs_outlive_a_rollout_and_its_memory_does_not() -> None:
     assert changed == tokens_of(Engine(policy).generate(make_requests(RAGGED), drawn))
 
 
+def test_truncated_sampling_leaves_no_memory_behind() -> None:
+    engine = Engine(make_policy(torch.bfloat16, vocab_size=100_000))
+    requests, truncated = make_requests(RAGGED * 4), SamplingParams(20, top_p=0.9)
+    engine.generate(requests, SamplingParams(20))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        engine.generate(requests, truncated)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+def test_an_error_while_capturing_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(torch.bfloat16)
+    params = SamplingParams(20, temperature=0.0)
+    expected = tokens_of(Engine(policy).generate(make_requests(RAGGED), params))
+    engine = Engine(policy)
+    step, calls = CudaStepper._step, []
+
+    def fails(self: CudaStepper, *size: int) -> None:
+        step(self, *size)
+        calls.append(size)
+        if len(calls) == 4:  # the second capture: each size is run once before it is captured
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CudaStepper, "_step", fails)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(make_requests(RAGGED), params)
+    torch.cuda.empty_cache()  # fails for good where a capture is still open
+    arena = engine.graph_keeper().arena
+    assert arena is None or arena.bytes == 0
+    assert tokens_of(engine.generate(make_requests(RAGGED), params)) == expected
+
+
+def test_prompts_of_an_earlier_rollout_do_not_take_this_ones_memory() -> None:
+    policy = make_policy(torch.bfloat16)
+    for budget in (2**k for k in range(18, 30)):  # the smallest that both fit in, one at a time
+        engine = Engine(policy, cache_bytes=budget)
+        try:
+            engine.generate(make_requests([(1500, 1)]), SamplingParams(4))
+            engine = Engine(policy, cache_bytes=budget)
+            engine.generate(make_requests([(4, 1)]), SamplingParams(1500))
+            break
+        except ValueError:
+            continue
+    engine.longest_prompt = 100_000
+    engine.generate(make_requests([(4, 1)]), SamplingParams(1500))
+
+
+def test_a_rollout_inside_of_another_is_refused() -> None:
+    engine = Engine(make_policy(torch.bfloat16))
+    if engine.graph_keeper().arena is None:
+        pytest.skip("this driver maps no memory")
+    requests, params = make_requests([(4, 2)]), SamplingParams(5)
+    with pytest.raises(RuntimeError, match="in the middle of a rollout"):
+        engine.generate(requests, params, on_group=lambda index, group: engine.generate(requests, params) and None)
+    assert engine.generate(requests, params)
+
+
 def test_an_arena_keeps_addresses_and_gives_memory_back() -> None:
     arena = Arena(torch.device("cuda"))
     seen = []

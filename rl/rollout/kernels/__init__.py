@@ -21,6 +21,8 @@ def unsupported(policy: Any) -> str | None:
     widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0, config.cache_width]
     if any(width * weight.element_size() % 16 for width in widths):
         return f"rows of its matrices are not multiples of 16 bytes ({widths} x {weight.dtype})"
-    if torch.cuda.get_device_capability(weight.device) < (9, 0):
-        return "the expert kernels use Hopper's bulk copies"
+    if torch.version.hip is not None:
+        return "they are written for NVIDIA's GPUs"
+    if torch.cuda.get_device_capability(weight.device)[0] not in (9, 10):  # 8 has no bulk copies, 12 too little memory
+        return "they use the bulk copies and the 227 KB of shared memory of data-centre GPUs since Hopper"
     return None

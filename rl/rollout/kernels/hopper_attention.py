@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rl.policy.flash import is_hopper
+
 # Renamed after Triton 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -345,9 +347,8 @@ def _attend_kernel(
 
 def fits(q: torch.Tensor, latent_width: int, query_rows: int) -> bool:
     """Whether `attend_tiles` takes q (N, H, C + R) in tiles of so many query rows (rows x heads)."""
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
     shape = query_rows == ROWS.value and latent_width in (256, 512) and q.shape[-1] - latent_width == TURNED.value
-    return hopper and shape and q.element_size() == 2
+    return is_hopper(q.device) and shape and q.element_size() == 2
 
 
 def attend_tiles(

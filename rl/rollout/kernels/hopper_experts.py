@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rl.policy.flash import is_hopper
 from rl.rollout.kernels.moe import ExpertWeights
 from rl.rollout.kernels.sorting import SortedRows, sort_rows
 
@@ -286,9 +287,8 @@ def _experts_kernel(
 
 def fits(x: torch.Tensor, experts: ExpertWeights) -> bool:
     """Whether `grouped_experts` takes x (N, D) with these matrices."""
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     whole = all(size % DEPTH.value == 0 for size in experts.down.shape[1:])
-    return hopper and whole and x.element_size() == 2 and x.dtype == experts.down.dtype
+    return is_hopper(x.device) and whole and x.element_size() == 2 and x.dtype == experts.down.dtype
 
 
 def default_rows(rows_per_expert: float) -> int:

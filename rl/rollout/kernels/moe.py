@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rl.policy.flash import is_hopper
 from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 from rl.rollout.kernels.sorting import SortedRows
 
@@ -290,9 +291,9 @@ def _hopper_experts() -> Any:
 
 def sorts_rows(rows_per_expert: float, matrix: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `grouped_experts` makes use of `SortedRows` with so many rows an expert on average; matrix: D * I."""
-    if rows_per_expert <= SORT_FROM or matrix < SORT_MATRIX or dtype.itemsize != 2 or device.type != "cuda":
+    if rows_per_expert <= SORT_FROM or matrix < SORT_MATRIX or dtype.itemsize != 2:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and _hopper_experts() is not None
+    return is_hopper(device) and _hopper_experts() is not None
 
 
 def grouped_experts(
