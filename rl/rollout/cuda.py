@@ -153,7 +153,8 @@ class CudaStepper:
 
     def _capture(self, size: tuple[int, int]) -> torch.cuda.CUDAGraph:
         # What Triton compiles follows these, and a capture is no place to compile in.
-        shapes = self.state.out_tokens.shape, self.cache.own.shape, self.cache.prompt.shape, self.cache.own.dtype
+        state, cache = self.state, self.cache
+        shapes = state.out_tokens.shape, state.stops.shape, cache.own.shape, cache.prompt.shape, cache.own.dtype
         shape = (*size, shapes, self.sampler.truncates)
         if shape not in self._keeper.warmed:
             began = time.perf_counter()

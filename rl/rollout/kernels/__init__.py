@@ -21,6 +21,10 @@ def unsupported(policy: Any) -> str | None:
     widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0, config.cache_width]
     if any(width * weight.element_size() % 16 for width in widths):
         return f"rows of its matrices are not multiples of 16 bytes ({widths} x {weight.dtype})"
+    if any(matrix.data_ptr() % 16 for matrix in policy.parameters() if matrix.dim() >= 2):
+        return "a matrix does not begin at a multiple of 16 bytes, as in a flat buffer behind one of odd length"
+    if config.kv_lora_rank > 512:
+        return f"kv_lora_rank = {config.kv_lora_rank}: their shared memory holds latents of 512"
     if torch.version.hip is not None:
         return "they are written for NVIDIA's GPUs"
     if torch.cuda.get_device_capability(weight.device)[0] not in (9, 10):  # 8 has no bulk copies, 12 too little memory

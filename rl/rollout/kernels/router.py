@@ -7,7 +7,8 @@ varies from run to run; `moe.py` does not care). Rows whose place is negative ar
 touch no expert.
 
 As `rl.policy.moe.Router`: fp32 scores (bf16 products are exact in the fp32 accumulator), bias for the choice only, a
-group counts by its two best biased scores (sigmoid) or its best (softmax). """
+group counts by its two best biased scores (sigmoid) or its best (softmax). A row of NaN chooses K experts like any
+other, and has weights of NaN."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from rl.rollout.arena import Zeros
 from rl.rollout.kernels.layout import cdiv, next_power_of_2
 
 _ROWS, _PARTS = 16, 4  # rows of a program, parts of D
+_MOST_SHARED = 160 * 1024  # bytes that two blocks of the gate matrix may take
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -48,6 +50,7 @@ def _router_kernel(
     TOP_K_POW2: tl.constexpr,
     SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUPS_POW2: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -98,11 +101,12 @@ def _router_kernel(
     choice = scores
     if bias_ptr is not None:
         choice = scores + tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0)[None, :]
+    choice = tl.where(choice == choice, choice, -1e30)  # argmax would name one NaN again and again
     choice = tl.where(real, choice, float("-inf"))
     if TOP_GROUPS < GROUPS:
         group_of = (expert // (EXPERTS // GROUPS))[None, :]
-        group = tl.arange(0, GROUPS)[None, :]
-        worth = tl.zeros((BLOCK_M, GROUPS), tl.float32)
+        group = tl.arange(0, GROUPS_POW2)[None, :]
+        worth = tl.full((BLOCK_M, GROUPS_POW2), float("-inf"), tl.float32)
         for g in tl.static_range(GROUPS):
             members = tl.where(group_of == g, choice, float("-inf"))
             best = tl.max(members, 1)
@@ -167,14 +171,17 @@ def route(
     partial, tickets = scratch
     experts, top_k = router.num_experts, router.top_k
     exact = torch.float32 in (h.dtype, router.weight.dtype)
-    limited = router.limit_groups
+    groups = router.num_groups if router.limit_groups else 1
+    padded, block_k = max(16, next_power_of_2(experts)), 32 if exact else 128
+    while block_k > 16 and 2 * (padded + _ROWS) * block_k * (4 if exact else 2) > _MOST_SHARED:
+        block_k //= 2
     _router_kernel[(cdiv(num_rows, _ROWS), _PARTS)](
         h, router.weight, router.e_score_correction_bias, weights, counts, lists, record, slots, places,
         partial, tickets, num_rows, lists.stride(0), record.stride(0), record.stride(1), router.scaling,
-        D=width, EXPERTS=experts, EXPERTS_POW2=max(16, next_power_of_2(experts)),
+        D=width, EXPERTS=experts, EXPERTS_POW2=padded,
         TOP_K=top_k, TOP_K_POW2=next_power_of_2(top_k), SLOTS=top_k + num_shared,
-        GROUPS=router.num_groups if limited else 1, TOP_GROUPS=router.top_groups if limited else 1,
+        GROUPS=groups, GROUPS_POW2=next_power_of_2(groups), TOP_GROUPS=router.top_groups if groups > 1 else 1,
         SIGMOID=router.sigmoid, NORMALISE=router.normalise,
-        PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=32 if exact else 128, PRECISION="ieee" if exact else "tf32",
+        PARTS=_PARTS, BLOCK_M=_ROWS, BLOCK_K=block_k, PRECISION="ieee" if exact else "tf32",
         num_warps=4, num_stages=3,
     )  # fmt: skip

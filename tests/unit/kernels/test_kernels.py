@@ -355,6 +355,8 @@ ROUTERS = [
     (12, 3, 4, 2, True, True),
     (64, 6, 1, 1, True, False),
     (20, 4, 4, 2, False, False),
+    (20, 3, 5, 2, True, True),
+    (384, 8, 1, 1, True, True),
 ]
 
 
@@ -377,12 +379,13 @@ def test_router(
         module.e_score_correction_bias.copy_(drawn(experts, seed=2, scale=0.1))
     rows, shared = 21, 2
     h = drawn(rows, 72, dtype=dtype)
+    h[7] = math.nan  # must choose as many experts as any row, and spoil no other
     with torch.no_grad():
         chosen, expected = module(h)
     weights = poison(rows, top_k, dtype=torch.float32)
     counts = torch.zeros(experts, dtype=torch.int32, device=DEVICE)
     lists = torch.full((experts, rows), -1, dtype=torch.int32, device=DEVICE)
-    record = torch.full((rows, 3, 2, top_k), 255, dtype=torch.uint8, device=DEVICE)
+    record = torch.full((rows, 3, 2, top_k), 999, dtype=torch.int16, device=DEVICE)
     places = ints([n % 3 if n != 5 else -1 for n in range(rows)])
     slots = ints([rows - 1 - n for n in range(rows)])
     scratch = router.router_scratch(rows + 5, experts, torch_zeros(DEVICE))
@@ -394,10 +397,12 @@ def test_router(
         )  # fmt: skip
     found = torch.stack([record[slots[n], places[n], 1].long() for n in range(rows)])
     busy = [n for n in range(rows) if n != 5]
-    assert torch.equal(found[busy].sort().values, chosen[busy].sort().values)
+    assert len(set(found[7].tolist())) == top_k and int(found[7].max()) < experts and weights[7].isnan().all()
+    sound = [n for n in busy if n != 7]
+    assert torch.equal(found[sound].sort().values, chosen[sound].sort().values)
     order, other = found.argsort(), chosen.argsort()
-    assert_near(weights.gather(1, order)[busy], expected.gather(1, other)[busy], torch.float32)
-    assert record[:, :, 0].eq(255).all() and record[slots[5]].eq(255).all()
+    assert_near(weights.gather(1, order)[sound], expected.gather(1, other)[sound], torch.float32)
+    assert record[:, :, 0].eq(999).all() and record[slots[5]].eq(999).all()
     for expert in range(experts):
         members = {n * (top_k + shared) + int(k) for n in busy for k in (found[n] == expert).nonzero()}
         assert set(lists[expert, : counts[expert]].tolist()) == members
