@@ -239,12 +239,12 @@ def test_bfloat16_agrees_between_stages(
 
 
 def test_bfloat16_sums_of_micro_batches_stay_in_float32(launch: Callable[..., str], tmp_path: Path) -> None:
-    """On one process ZeRO-1 adds up 24 rows as ZeRO-2 does. DeepSpeed would round ZeRO-1's sums to bfloat16 for its
-    all-reduce: the norm was 1.7e-4 off, and a fifth of the weights came out different."""
+    """On one process ZeRO-1 adds up the rows of a mini-batch as ZeRO-2 does. DeepSpeed would round ZeRO-1's sums to
+    bfloat16 for its all-reduce, and the loss behind the first step was 5e-4 off. (Later steps tell nothing: where the
+    last bit of a sum moves a weight to the next bfloat16, runs part.)"""
     one, two = (
         Launch(config, 1, losses=("grpo",), dtype="bfloat16", tokens=ROW_BY_ROW).run(launch, tmp_path / config)
         for config in ("zero1.yaml", "zero2.yaml")
     )
-    assert one["metrics"][0]["grad_norm"] == pytest.approx(two["metrics"][0]["grad_norm"], rel=1e-6)
-    differ = sum(int((one["weights"][name] != weight).sum()) for name, weight in two["weights"].items())
-    assert differ < 1e-3 * sum(weight.numel() for weight in two["weights"].values())
+    for name in ("loss/0", "loss/1"):
+        assert one["metrics"][0][name] == pytest.approx(two["metrics"][0][name], abs=5e-5)
