@@ -21,17 +21,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rl.policy.hopper import is_hopper
+
 _SECTION = 32768  # tokens whose keys and values of one head (21 MB) stay in the L2 cache while tiles pass over them
 # Queries of a program, keys of an inner block, warps, stages; two programs a multiprocessor. Of fourteen choices on an
 # H200 the best for ragged and short sequences, and within 3 % of the best for long ones.
 _QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 2
-
-
-def is_hopper(device: torch.device) -> bool:
-    """AMD's GPUs name themselves 9, too."""
-    return (
-        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-    )
 
 
 def applies(q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor) -> bool:

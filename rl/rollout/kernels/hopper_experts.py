@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rl.policy.flash import is_hopper
+from rl.policy.hopper import is_hopper
 from rl.rollout.kernels.moe import ExpertWeights
 from rl.rollout.kernels.sorting import SortedRows, sort_rows
 

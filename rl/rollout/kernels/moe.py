@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rl.policy.flash import is_hopper
+from rl.policy.hopper import is_hopper
 from rl.rollout.kernels.layout import cdiv, dot_precision, next_power_of_2
 from rl.rollout.kernels.sorting import SortedRows
 
