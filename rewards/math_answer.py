@@ -25,7 +25,7 @@ from rewards.phrases import Extraction
 from rewards.pool import Outcome
 from rewards.strict_answer import HEDGE, block_answer
 from rewards.symbolic import verify_pairs, worth_trying
-from rewards.tag_format import answer_block
+from rewards.tag_format import AnswerBlock, answer_block
 
 MAX_ANSWER_CHARS = 3000
 _WORD = re.compile(r"[^\W\d_]{3}")
@@ -100,7 +100,10 @@ def _judge(case: Case) -> tuple[Score, bool]:
 
 def tagged_answer(text: str) -> Extraction:
     """What the one answer block of a completion states."""
-    block = answer_block(text)
+    return _stated(answer_block(text))
+
+
+def _stated(block: AnswerBlock) -> Extraction:
     return block_answer(block.content) if block.content is not None else Extraction(None, block.reason)
 
 
@@ -110,11 +113,9 @@ def _found(text: str, reference: str, tagged: bool) -> Extraction:
         concluded = found.how == "last sentence" and _concludes_word(text, reference)
         return Extraction(reference, "last words") if concluded else found
     block = answer_block(text)
-    if block.content is None:
-        return Extraction(None, block.reason)
-    if len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
+    if block.content is not None and len(block.content) <= MAX_ANSWER_CHARS and _same_words(reference, block.content):
         return Extraction(block.content, "answer block")  # `June 20`, `neither`: words that look like something else
-    return block_answer(block.content)
+    return _stated(block)
 
 
 def _concludes_word(text: str, reference: str) -> bool:

@@ -134,22 +134,24 @@ class Launch:
         path.write_text(text.replace(*self.replaced), encoding="utf-8")
         return str(path)
 
-    def arguments(self, folder: Path) -> list[object]:
-        """Of the worker, which leaves `out.pt` in the folder."""
+    def found(self, launch: Callable[..., str], folder: Path) -> dict[str, Any]:
+        """What the worker found."""
+        folder.mkdir()
         model = json.dumps(MODELS[self.model])
         if self.from_folder:
             model = str(folder / "model")
             save_any(init_any(MODELS[self.model], seed=0), model)
-        words = [folder / "out.pt", folder / "scratch", "--model", model, "--losses", ",".join(self.losses)]
-        return [*words, "--tokens", self.tokens, "--dtype", self.dtype, *["--checkpointing"] * self.checkpointing]
+        arguments = [folder / "out.pt", folder / "scratch", "--model", model, "--losses", ",".join(self.losses)]
+        arguments += ["--tokens", self.tokens, "--dtype", self.dtype, *["--checkpointing"] * self.checkpointing]
+        launch(WORKER, arguments, config=self.config_file(folder), processes=self.processes)
+        found: dict[str, Any] = torch.load(folder / "out.pt", map_location="cpu", weights_only=True)
+        assert not found["unguarded"], "a flaw on one rank moved the weights, went unsaid, or spoilt the next step"
+        return found
 
     def run(self, launch: Callable[..., str], folder: Path) -> dict[str, Any]:
-        """What the worker found."""
-        folder.mkdir()
-        launch(WORKER, self.arguments(folder), config=self.config_file(folder), processes=self.processes)
-        found: dict[str, Any] = torch.load(folder / "out.pt", weights_only=True)
+        """What the worker found, where repeated steps have the same bits."""
+        found = self.found(launch, folder)
         assert found["resumed_exactly"], "a step repeated after a return to the checkpoint differs from the first time"
-        assert not found["unguarded"], "a flaw on one rank moved the weights, went unsaid, or spoilt the next step"
         return found
 
 

@@ -21,7 +21,7 @@ from rewards.pool import VerifierPool
 from rewards.registry import load_function
 from rewards.sandbox import SandboxUnavailable, isolation_method
 from rewards.scorer import RewardScorer
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 # One after the other: a fork bomb of one test uses up the processes that another may have.
 pytestmark = pytest.mark.xdist_group("sandbox")
@@ -447,7 +447,7 @@ def test_extraction(text: str, is_tagged: bool, program: str | None) -> None:
 def test_fences_are_read_in_linear_time() -> None:
     text = "```\n" * 400_000
     assert len(fenced_blocks(text)) == 200_000
-    assert seconds_taken(lambda: fenced_blocks(text), limit=1.5) < 1.5
+    assert_takes_less(1.5, lambda: fenced_blocks(text))
 
 
 def test_code_format() -> None:

@@ -9,7 +9,7 @@ from rewards.extract import after_thinking, find_boxes, free_answer
 from rewards.math_answer import accuracy_reward
 from rewards.phrases import is_direct
 from rewards.strict_answer import block_answer
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 FREE_RIGHT = [
     ("72", "Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72 clips altogether in April and May."),
@@ -431,4 +431,4 @@ def test_the_place_is_named() -> None:
 )  # fmt: skip
 def test_time_is_linear(piece: str) -> None:
     text = piece * (200_000 // len(piece))
-    assert seconds_taken(lambda: (free_answer(text + "41"), block_answer(text + "41")), limit=1.0) < 1.0
+    assert_takes_less(1.0, lambda: (free_answer(text + "41"), block_answer(text + "41")))

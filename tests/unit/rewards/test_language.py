@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rewards.language import language_consistency_reward
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "adversarial_cases.jsonl"
 ENGLISH = "We add the numbers and find that the sum is even, so the answer is ten."
@@ -75,7 +75,7 @@ def test_language_of_the_row() -> None:
 
 def test_hostile_texts_take_little_time() -> None:
     texts = ["$" * 10**6, "$$" + "a" * 10**6, "\\(" * 300_000, "`" * 10**6, "<" * 10**6, "a" * 10**6, "the " * 250_000]
-    assert seconds_taken(lambda: language_consistency_reward([], texts), limit=10.0) < 10.0
+    assert_takes_less(10.0, lambda: language_consistency_reward([], texts))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared cases are not here")

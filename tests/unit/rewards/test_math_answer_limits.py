@@ -11,7 +11,7 @@ from rewards.math_compare import compare_texts
 from rewards.math_eval import TooLarge, evaluate, exact_value
 from rewards.math_parse import parse_math
 from rewards.math_tokens import MathSyntaxError
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 GOLDS = [
     "42",
@@ -63,7 +63,7 @@ def test_bombs_are_refused_at_once(bomb: str) -> None:
         score = accuracy_reward([], [f"<think>t</think><answer>{bomb}</answer>"], answer=["42"])[0]
         assert score.value == 0.0
 
-    assert seconds_taken(refuse, limit=1.5) < 1.5
+    assert_takes_less(1.5, refuse)
 
 
 @pytest.mark.parametrize("code", CODE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rewards.reasoning_steps import count_steps, reasoning_steps_reward
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_hostile_texts_take_little_time() -> None:
         "Step " + "1" * 10**6,
         "\t> " * 300_000,
     )
-    assert seconds_taken(lambda: [count_steps(text) for text in texts], limit=5.0) < 5.0
+    assert_takes_less(5.0, lambda: [count_steps(text) for text in texts])

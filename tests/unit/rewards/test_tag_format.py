@@ -12,7 +12,7 @@ from rewards.tag_format import (
     is_blank,
     tag_count_reward,
 )
-from tests.clock import seconds_taken
+from tests.clock import assert_takes_less
 
 GOOD = "<think>6 * 7 = 42.</think>\n<answer>42</answer>"
 
@@ -144,4 +144,4 @@ def test_time_is_linear(piece: str) -> None:
             format_reward([], [candidate])
             answer_block(candidate)
 
-    assert seconds_taken(parse, limit=3.0) < 3.0
+    assert_takes_less(3.0, parse)
