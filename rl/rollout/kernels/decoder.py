@@ -12,7 +12,9 @@ rollout; everything else is read where it lives.
 
 Tried on an H200 without gain: prompt attention on a second stream; prompt attention as two matrix products (scores,
 then values; 138 us against 136 for 256 rows and 4,096 tokens, slower for short prompts); programmatic dependent
-launches between the kernels.
+launches between the kernels; the first 16 to 48 MB of the experts' matrices fetched into the L2 cache from the norm
+before the router (the product takes 6 us less of 183, the norm as much more); a higher priority for the main stream;
+the shared experts beside the others' product instead of beside the router.
 """
 
 from __future__ import annotations
