@@ -14,13 +14,16 @@ quarter of `--new` (lengths drawn beforehand).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
+import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -124,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="equal logits and greedy tokens with --peer hf")
     parser.add_argument("--skew", action="store_true", help="half of the rows end in the first quarter")
     parser.add_argument("--batch-invariant", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="torch.profiler over one more run")
+    parser.add_argument("--profile", action="store_true", help="one more run, and where the time of a step goes")
     arguments = parser.parse_args()
     for name in ("batch", "group", "prompt", "new", "threads", "repeats"):
         if getattr(arguments, name) < 1:
@@ -333,8 +336,6 @@ def check_against(
 def bench_vllm(config: PolicyConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """vLLM with dummy weights redrawn as N(0, 0.02), groups sharing prompts by its prefix cache, the sampled token's
     log-probability returned. Needs VLLM_ALLOW_INSECURE_SERIALIZATION=1 (the redraw runs in its worker)."""
-    import tempfile
-
     from vllm import LLM
     from vllm import SamplingParams as VLLMParams
 
@@ -377,13 +378,81 @@ def redraw_weights(model: torch.nn.Module) -> None:
 
 
 def profile(call: Callable[[], Any], device: torch.device) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    """On a CPU the operators that take longest; on a GPU a decode step, kernel by kernel."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
         call()
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60), flush=True)
+    if not on_gpu:
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60)
+        print(table, flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    kernels = [Kernel(e["name"], e["ts"], e["dur"]) for e in events if e.get("cat") == "kernel"]
+    print("\n".join(step_table(kernels)), flush=True)
+
+
+class Kernel(NamedTuple):
+    """start, length: microseconds."""
+
+    name: str
+    start: float
+    length: float
+
+
+def step_table(kernels: Sequence[Kernel]) -> list[str]:
+    """The mean decode step of a run on a GPU: of its most frequent kind of layer each kernel, when it starts in the
+    layer and how long it takes (some run beside others); then what else a step holds, by name."""
+    steps = _cut(sorted(kernels, key=lambda kernel: kernel.start), "_begin_kernel")
+    if not steps:
+        return ["no decode step with kernels of our own"]
+    usual = Counter(len(step) for step in steps).most_common(1)[0][0]  # the last one has more: all that came after it
+    steps = [step for step in steps if len(step) == usual]
+    layers = [layer for step in steps for layer in _cut(step, "_combine_norm_kernel", every=2)]
+    kinds = Counter(_names(layer) for layer in layers)
+    kind = max(kinds, key=lambda kind: (kinds[kind], len(kind)))
+    layers = [layer for layer in layers if _names(layer) == kind]
+    places: dict[tuple[str, int], list[Kernel]] = defaultdict(list)
+    rest: Counter[str] = Counter()
+    for kernel in (kernel for step in steps for kernel in step):
+        rest[kernel.name] += round(1000 * kernel.length)
+    for layer in layers:
+        seen: Counter[str] = Counter()
+        for kernel in layer:
+            places[kernel.name, seen[kernel.name]].append(kernel._replace(start=kernel.start - layer[0].start))
+            seen[kernel.name] += 1
+            rest[kernel.name] -= round(1000 * kernel.length)
+    alike, number = len(layers) // len(steps), len(steps)
+    lines = [
+        f"mean of {number} steps: {_span(steps):.0f} us; {alike} layers of a step are alike: {_span(layers):.1f} us",
+        "   start us    for us  kernel",
+    ]
+    means = [
+        (statistics.mean(k.start for k in found), statistics.mean(k.length for k in found), name)
+        for (name, _), found in places.items()
+    ]
+    lines += [f"{start:11.1f} {length:9.1f}  {name[:90]}" for start, length, name in sorted(means)]
+    lines.append("outside these layers, us a step")
+    lines += [f"{ns / 1000 / number:21.1f}  {name[:90]}" for name, ns in rest.most_common() if ns]
+    return lines
+
+
+def _cut(kernels: Sequence[Kernel], name: str, every: int = 1) -> list[Sequence[Kernel]]:
+    """In pieces that begin with every kernel of that name (or every second one); what comes before is left out."""
+    starts = [i for i, kernel in enumerate(kernels) if kernel.name == name][::every]
+    return [kernels[start:end] for start, end in itertools.pairwise((*starts, len(kernels)))]
+
+
+def _names(kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    return tuple(sorted(kernel.name for kernel in kernels))
+
+
+def _span(pieces: Sequence[Sequence[Kernel]]) -> float:
+    """Microseconds from the first start to the last end, on average."""
+    return statistics.mean(max(k.start + k.length for k in piece) - piece[0].start for piece in pieces)
 
 
 def emit(line: dict[str, Any]) -> None:
