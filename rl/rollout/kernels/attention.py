@@ -43,128 +43,10 @@ class AttentionTile:
     stages: int
 
 
-@triton.jit
-def _part(length, split, splits, split_tokens, BLOCK_T: tl.constexpr):
-    """-> first token of a split and the one after its last."""
-    if split_tokens == 0:
-        per_split = ((length + splits - 1) // splits + BLOCK_T - 1) // BLOCK_T * BLOCK_T
-    else:
-        per_split = split_tokens
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, length)
-    if (split == splits - 1) & (split_tokens > 0):
-        end = length
-    return begin, end
-
-
-@triton.jit
-def _soften(score, top):
-    """score: (M, T) in units of ln 2; top (M,): the largest so far -> weights (M, T), what earlier results are
-    multiplied by (M,), new top."""
-    new_top = tl.maximum(top, tl.max(score, 1))
-    return tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top), new_top
-
-
-@triton.jit
-def _columns(lines, first, NUMBER: tl.constexpr, WIDTH: tl.constexpr, present):
-    """(len(lines), NUMBER): columns first .. of lines of WIDTH numbers; 0 beyond, and in lines that are not present."""
-    column = first + tl.arange(0, NUMBER)
-    return tl.load(lines + column[None, :], mask=present[:, None] & (column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_columns(lines, first, values, WIDTH: tl.constexpr, present):
-    column = first + tl.arange(0, values.shape[1])
-    mask = present[:, None] & (column < WIDTH)[None, :]
-    tl.store(lines + column[None, :], values.to(lines.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["splits", "first_split", "all_splits"])
-def _attend_row_kernel(
+def _attend_kernel(
     q_ptr,
     cache_ptr,
-    slots_ptr,
-    lengths_ptr,
-    out_ptr,
-    lse_ptr,
-    scale_log2,
-    slot_tokens,
-    split_tokens,
-    splits,
-    first_split,
-    all_splits,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    C_POW2: tl.constexpr,
-    R_POW2: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One row, latent columns in quarters: the scores of all columns would be one chain of (C + R) / 16 products, each
-    of which waits for the one before."""
-    QUARTER: tl.constexpr = C_POW2 // 4
-    row = tl.program_id(0)
-    split = tl.program_id(1)
-    heads = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
-    present = heads < HEADS
-    # Every load that the next one does not need is issued before the first branch: at short contexts latency is all.
-    length = tl.load(lengths_ptr + row)
-    slot = tl.load(slots_ptr + row)
-    queries = q_ptr + (row.to(tl.int64) * HEADS + heads)[:, None] * (C + R)
-    q_0 = _columns(queries, 0 * QUARTER, QUARTER, C, present)
-    q_1 = _columns(queries, 1 * QUARTER, QUARTER, C, present)
-    q_2 = _columns(queries, 2 * QUARTER, QUARTER, C, present)
-    q_3 = _columns(queries, 3 * QUARTER, QUARTER, C, present)
-    q_turned = _columns(queries + C, 0, R_POW2, R, present)
-    begin, end = _part(length, split, splits, split_tokens, BLOCK_T)
-    result = (row.to(tl.int64) * all_splits + first_split + split) * HEADS + heads
-    if begin >= end:
-        tl.store(lse_ptr + result, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=present)
-        return
-    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    totals = tl.zeros((BLOCK_H, BLOCK_T), tl.float32)  # by place in a block: adding up a row takes barriers
-    acc_0 = tl.zeros((BLOCK_H, QUARTER), tl.float32)
-    acc_1 = tl.zeros((BLOCK_H, QUARTER), tl.float32)
-    acc_2 = tl.zeros((BLOCK_H, QUARTER), tl.float32)
-    acc_3 = tl.zeros((BLOCK_H, QUARTER), tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        cached = token < end
-        lines = cache_ptr + (slot.to(tl.int64) * slot_tokens + token)[:, None] * (C + R)
-        latent_0 = _columns(lines, 0 * QUARTER, QUARTER, C, cached)
-        latent_1 = _columns(lines, 1 * QUARTER, QUARTER, C, cached)
-        latent_2 = _columns(lines, 2 * QUARTER, QUARTER, C, cached)
-        latent_3 = _columns(lines, 3 * QUARTER, QUARTER, C, cached)
-        turned = _columns(lines + C, 0, R_POW2, R, cached)
-        # Scaled one by one: Triton makes one chain of dots that are simply added up.
-        score = tl.dot(q_0, tl.trans(latent_0), input_precision=PRECISION) * scale_log2
-        score += tl.dot(q_1, tl.trans(latent_1), input_precision=PRECISION) * scale_log2
-        score += tl.dot(q_2, tl.trans(latent_2), input_precision=PRECISION) * scale_log2
-        score += tl.dot(q_3, tl.trans(latent_3), input_precision=PRECISION) * scale_log2
-        score += tl.dot(q_turned, tl.trans(turned), input_precision=PRECISION) * scale_log2
-        score = tl.where(cached[None, :], score, float("-inf"))
-        weight, fade, top = _soften(score, top)
-        totals = totals * fade[:, None] + weight
-        weight = weight.to(latent_0.dtype)
-        acc_0 = tl.dot(weight, latent_0, acc_0 * fade[:, None], input_precision=PRECISION)
-        acc_1 = tl.dot(weight, latent_1, acc_1 * fade[:, None], input_precision=PRECISION)
-        acc_2 = tl.dot(weight, latent_2, acc_2 * fade[:, None], input_precision=PRECISION)
-        acc_3 = tl.dot(weight, latent_3, acc_3 * fade[:, None], input_precision=PRECISION)
-    total = tl.sum(totals, 1)
-    share = (1.0 / total)[:, None]
-    out = out_ptr + result[:, None] * C
-    _store_columns(out, 0 * QUARTER, acc_0 * share, C, present)
-    _store_columns(out, 1 * QUARTER, acc_1 * share, C, present)
-    _store_columns(out, 2 * QUARTER, acc_2 * share, C, present)
-    _store_columns(out, 3 * QUARTER, acc_3 * share, C, present)
-    tl.store(lse_ptr + result, (top + tl.log2(total)) * 0.6931471805599453, mask=present)
-
-
-@triton.jit(do_not_specialize=["splits", "first_split", "all_splits"])
-def _attend_tiles_kernel(
-    q_ptr,
     latent_desc,
     turned_desc,
     tiles_ptr,
@@ -188,24 +70,40 @@ def _attend_tiles_kernel(
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Several rows; the cache comes through the bulk copy engine (125 us instead of 136 at 4,096 tokens; single rows
-    lose by it)."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     BLOCK_M: tl.constexpr = ROWS * BLOCK_H
     member = tl.arange(0, BLOCK_M)
     heads = tl.program_id(2) * BLOCK_H + member % BLOCK_H
-    first_row = tl.load(tiles_ptr + tile * ROWS)
-    if first_row < 0:
-        return
-    rows = tl.load(tiles_ptr + tile * ROWS + member // BLOCK_H)
-    present = (rows >= 0) & (heads < HEADS)
+    if tiles_ptr is None:
+        first_row = tile
+        rows = tile + member // BLOCK_H
+        present = member // BLOCK_H == 0
+    else:
+        first_row = tl.load(tiles_ptr + tile * ROWS)
+        if first_row < 0:
+            return
+        rows = tl.load(tiles_ptr + tile * ROWS + member // BLOCK_H)
+        present = rows >= 0
+    present = present & (heads < HEADS)
+    # Every load that the next one does not need is issued before the first branch: at short contexts latency is all.
     length = tl.load(lengths_ptr + first_row)
     slot = tl.load(slots_ptr + first_row)
-    queries = q_ptr + (rows.to(tl.int64) * HEADS + heads)[:, None] * (C + R)
-    q_latent = _columns(queries, 0, C_POW2, C, present)
-    q_turned = _columns(queries + C, 0, R_POW2, R, present)
-    begin, end = _part(length, split, splits, split_tokens, BLOCK_T)
+    wide = tl.arange(0, C_POW2)
+    turn = tl.arange(0, R_POW2)
+    q_base = q_ptr + (rows.to(tl.int64) * HEADS + heads)[:, None] * (C + R)
+    in_c = (wide < C)[None, :]
+    in_r = (turn < R)[None, :]
+    q_latent = tl.load(q_base + wide[None, :], mask=present[:, None] & in_c, other=0.0)
+    q_turned = tl.load(q_base + C + turn[None, :], mask=present[:, None] & in_r, other=0.0)
+    if split_tokens == 0:
+        per_split = ((length + splits - 1) // splits + BLOCK_T - 1) // BLOCK_T * BLOCK_T
+    else:
+        per_split = split_tokens
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, length)
+    if (split == splits - 1) & (split_tokens > 0):
+        end = length
     result = (rows.to(tl.int64) * all_splits + first_split + split) * HEADS + heads
     if begin >= end:
         tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=present)
@@ -215,17 +113,28 @@ def _attend_tiles_kernel(
     acc = tl.zeros((BLOCK_M, C_POW2), tl.float32)
     token = tl.arange(0, BLOCK_T)
     for start in range(begin, end, BLOCK_T):
-        # Tokens beyond the end, and columns beyond C or R, hold other (finite) cache rows or zeros: they meet weight 0,
-        # a query of 0, or are not stored.
-        latent = latent_desc.load([slot * slot_tokens + start, 0])
-        turned = turned_desc.load([slot * slot_tokens + start, C])
+        if latent_desc is None:
+            cached = (start + token < end)[:, None]
+            lines = cache_ptr + (slot.to(tl.int64) * slot_tokens + start + token)[:, None] * (C + R)
+            latent = tl.load(lines + wide[None, :], mask=cached & in_c, other=0.0)
+            turned = tl.load(lines + C + turn[None, :], mask=cached & in_r, other=0.0)
+        else:
+            # Tokens beyond the end, and columns beyond C or R, hold other (finite) cache rows or zeros: they meet
+            # weight 0, a query of 0, or are not stored.
+            latent = latent_desc.load([slot * slot_tokens + start, 0])
+            turned = turned_desc.load([slot * slot_tokens + start, C])
         score = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
         score = tl.dot(q_turned, tl.trans(turned), score, input_precision=PRECISION)
         score = tl.where((start + token < end)[None, :], score * scale_log2, float("-inf"))
-        weight, fade, top = _soften(score, top)
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - new_top[:, None])
+        fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weight, 1)
         acc = tl.dot(weight.to(latent.dtype), latent, acc * fade[:, None], input_precision=PRECISION)
-    _store_columns(out_ptr + result[:, None] * C, 0, acc / total[:, None], C, present)
+        top = new_top
+    acc = acc / total[:, None]
+    out_ptrs = out_ptr + result[:, None] * C + wide[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=present[:, None] & in_c)
     tl.store(lse_ptr + result, (top + tl.log2(total)) * 0.6931471805599453, mask=present)
 
 
@@ -259,27 +168,21 @@ def attend(
         )  # fmt: skip
         return
     tile = tile or default_tile(block_m, num_rows, cache.shape[1], q.dtype)
-    r = width - latent_width
-    least = 64 if tiles is None else 16  # a quarter has 16 columns at least
-    sizes = {
-        "HEADS": heads, "C": latent_width, "R": r, "C_POW2": max(least, next_power_of_2(latent_width)),
-        "R_POW2": max(16, next_power_of_2(r)), "BLOCK_H": block_h, "BLOCK_T": tile.tokens,
-        "PRECISION": dot_precision(q.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    rest = (
-        slots, lengths, out, lse, scale * 1.4426950408889634, cache.shape[1], split_tokens, splits, first_split,
-        lse.shape[1],
+    grid = (num_rows if tiles is None else tiles.shape[0], splits, cdiv(heads, block_h))
+    c_pow2, r_pow2 = (max(16, next_power_of_2(n)) for n in (latent_width, width - latent_width))
+    latent_blocks = turned_blocks = None
+    if tiles is not None:  # wide tiles gain from the bulk copy engine (136 to 125 us at 4,096 tokens), single rows lose
+        lines = cache.view(-1, width)
+        latent_blocks = TensorDescriptor.from_tensor(lines, [tile.tokens, c_pow2])
+        turned_blocks = TensorDescriptor.from_tensor(lines, [tile.tokens, r_pow2])
+    _attend_kernel[grid](
+        q, cache, latent_blocks, turned_blocks, tiles, slots, lengths, out, lse, scale * 1.4426950408889634,
+        cache.shape[1], split_tokens, splits, first_split, lse.shape[1], HEADS=heads,
+        C=latent_width, R=width - latent_width,
+        C_POW2=c_pow2, R_POW2=r_pow2,
+        ROWS=per_tile, BLOCK_H=block_h, BLOCK_T=tile.tokens, PRECISION=dot_precision(q.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if tiles is None:
-        _attend_row_kernel[(num_rows, splits, cdiv(heads, block_h))](q, cache, *rest, **sizes)
-        return
-    lines = cache.view(-1, width)
-    latent_blocks, turned_blocks = (
-        TensorDescriptor.from_tensor(lines, [tile.tokens, sizes[name]]) for name in ("C_POW2", "R_POW2")
-    )
-    _attend_tiles_kernel[(tiles.shape[0], splits, cdiv(heads, block_h))](
-        q, latent_blocks, turned_blocks, tiles, *rest, ROWS=per_tile, **sizes
-    )
 
 
 def head_block(heads: int, rows_per_tile: int) -> int:

@@ -14,7 +14,8 @@ Tried on an H200 without gain: prompt attention on a second stream; prompt atten
 then values; 138 us against 136 for 256 rows and 4,096 tokens, slower for short prompts); programmatic dependent
 launches between the kernels; the first 16 to 48 MB of the experts' matrices fetched into the L2 cache from the norm
 before the router (the product takes 6 us less of 183, the norm as much more); a higher priority for the main stream;
-the shared experts beside the others' product instead of beside the router.
+the shared experts beside the others' product instead of beside the router; own attention with the latent in quarters
+(four short chains of products instead of one: 59.5 us against 59.1 for 1,024 rows).
 """
 
 from __future__ import annotations
