@@ -212,10 +212,14 @@ class RolloutSection(Section):
     """Rows sampled at once on a process; left out: what fits into cache_bytes, or all."""
     cache_bytes: Positive | None = None
     """Memory for the latent cache on a process (in_process)."""
+    batch_invariant: bool = False
+    """Completions and log-probabilities equal bit for bit, whatever else is sampled with them (in_process; slower)."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.engine == "hf" and self.cache_bytes is not None:
             yield Contradiction("cache_bytes", "has no effect with engine: hf; use max_batch_size")
+        if self.engine == "hf" and self.batch_invariant:
+            yield Contradiction("batch_invariant", "has no effect with engine: hf; only in_process can promise it")
 
 
 class RewardsSection(Section):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -67,6 +68,9 @@ class Engine:
         captured = self.plain_because is None
         if not captured and policy.lm_head.weight.device.type != "cpu":
             _log.warning("decode goes without kernels and CUDA graphs, which is slower: %s", self.plain_because)
+        on_mkl = policy.lm_head.weight.device.type == "cpu" and torch.backends.mkl.is_available()
+        if batch_invariant and on_mkl and "STRICT" not in os.environ.get("MKL_CBWR", ""):
+            _log.warning("batch_invariant: MKL may not keep to one kernel; set MKL_CBWR=AUTO,STRICT before the start")
         if steps_per_look is None:
             steps_per_look = _steps_per_look(policy) if captured else 1
         if prefill_tokens is None:

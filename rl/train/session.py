@@ -81,6 +81,7 @@ class Session:
             max_batch_size=rollout.max_batch_size,
             cache_bytes=rollout.cache_bytes,
             decode_text=self.tokenizer.decode,
+            batch_invariant=rollout.batch_invariant,
         )
 
 

@@ -41,6 +41,10 @@ REFUSED = [
         "rollout.cache_bytes = 1000: has no effect with engine: hf",
     ),
     (
+        ["--rollout.engine=hf", "--rollout.batch_invariant=true"],
+        "rollout.batch_invariant = True: has no effect with engine: hf",
+    ),
+    (
         ["--rollout.engine=hf", "--grpo.routing_replay=true"],
         "grpo.routing_replay = True: needs rollout.engine: in_process",
     ),

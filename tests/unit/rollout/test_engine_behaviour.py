@@ -161,6 +161,19 @@ def test_a_device_without_kernels_is_a_warning(policy: Policy, caplog: pytest.Lo
     ]
 
 
+def test_bits_that_mkl_may_change_are_a_warning(
+    policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")
+    Engine(policy, batch_invariant=True)
+    monkeypatch.delenv("MKL_CBWR")
+    Engine(policy)
+    assert not caplog.records
+    Engine(policy, batch_invariant=True)
+    found = [(r.levelname, "MKL_CBWR=AUTO,STRICT" in r.message) for r in caplog.records]
+    assert found == ([("WARNING", True)] if torch.backends.mkl.is_available() else [])
+
+
 def test_bad_requests_are_named(policy: Policy) -> None:
     engine = Engine(policy, cache_bytes=2**22)
     assert engine.generate([], SamplingParams(4)) == []

@@ -53,6 +53,16 @@ def test_a_completion_ends_with_each_token_that_the_checkpoint_names(tmp_path: P
     assert opened.decode([*tokenizer("1+1")["input_ids"], turn]) == "1+1"
 
 
+def test_the_engine_is_the_one_that_the_recipe_describes(tmp_path: Path) -> None:
+    settings = {"max_batch_size": 24, "cache_bytes": 2**20, "batch_invariant": True}
+    recipe = load_recipe(RECIPE, [f"--rollout.{name}={value}" for name, value in settings.items()])
+    tokenizer = load_tokenizer(recipe.model)
+    policy = session.make_policy(recipe.model, tokenizer, seed=0, device=torch.device("cpu"))
+    opened = session.Session(recipe, tmp_path, None, tokenizer, None)  # type: ignore[arg-type]
+    engine = opened.make_engine(policy)
+    assert {name: getattr(engine, name) for name in settings} == settings
+
+
 def test_the_metric_must_be_one_of_the_reward_functions() -> None:
     session.make_scorer(load_recipe(RECIPE, ["--eval.metric=format"])).close()
     with pytest.raises(ValueError, match=r"eval\.metric = 'acuracy': not among .*allowed: format, accuracy"):
