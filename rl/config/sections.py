@@ -213,7 +213,8 @@ class RolloutSection(Section):
     cache_bytes: Positive | None = None
     """Memory for the latent cache on a process (in_process)."""
     batch_invariant: bool = False
-    """Completions and log-probabilities equal bit for bit, whatever else is sampled with them (in_process; slower)."""
+    """Completions and log-probabilities equal bit for bit, whatever else is sampled with them (in_process; slower).
+    A GPU then takes steps of max_batch_size rows, or 256 where that is left out; another number may give other bits."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.engine == "hf" and self.cache_bytes is not None:

@@ -160,7 +160,7 @@ class Rollout:
             return None
         reason = self.engine.plain_because
         if reason is not None:
-            raise ValueError(f"batch_invariant=True on a GPU needs the Triton kernels, but {reason}")
+            raise ValueError(f"rollout.batch_invariant = True: on a GPU it needs the Triton kernels, but {reason}")
         return self.engine.max_batch_size or INVARIANT_ROWS
 
     def run(self) -> list[RolloutGroup]:
